@@ -1,0 +1,98 @@
+"""One record per peer, per request and per pipeline: the broker's whole state. Knows no rule (see requests.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from ..schema.message import Hello, Span
+
+if TYPE_CHECKING:
+    from .services import Service
+
+Frames = list[Any]  # as received: bytes-like objects that are forwarded undecoded
+Sent = tuple[bytes, Frames]  # routing id of a peer, and what goes to it
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """A connection that said HELLO. A peer that offers services or a span is a worker; any peer may ask.
+
+    `load` counts the requests that spend the worker's credit: those open (`serving`) and those whose asker is already
+    answered while the worker has not acknowledged (`ending`).
+    """
+
+    key: bytes
+    hello: Hello
+    name: str
+    since: float
+    services: list[Service] = field(default_factory=list)
+    asked: dict[bytes, Record] = field(default_factory=dict)
+    serving: dict[bytes, Record] = field(default_factory=dict)
+    ending: dict[tuple[bytes, int], Record] = field(default_factory=dict)
+    load: int = 0
+    queued_bytes: int = 0
+    pipeline: Pipeline | None = None
+    draining: bool = False  # said BYE: gets no new work
+    leaving: bool = False  # it, or a stage of the pipeline that it leads, is draining
+    progress: int = -1
+    progress_at: float = 0.0
+    busy: int = 0
+    gauges: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def works(self) -> bool:
+        return bool(self.hello.services) or self.hello.span is not None
+
+
+class State(Enum):
+    """Where a request is. After ENDED nothing changes any more."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """A request from its acceptance to its one FINAL or ERROR.
+
+    `attempt` is the asker's count of resends, `leg` the count on the worker's side: a request that is given to
+    another worker raises `leg` alone, and answers of an older leg are fenced off.
+    """
+
+    id: bytes
+    asker: Peer
+    service: Service
+    attempt: int
+    deadline: float
+    priority: int
+    frames: Frames
+    queued_at: float
+    size: int = 0
+    state: State = State.QUEUED
+    leg: int = 0
+    tries: int = 0
+    until: int = 0
+    worker: Peer | None = None
+    parent: Record | None = None
+    children: dict[bytes, Record] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Pipeline:
+    """Stages that cover all layers of a model, in order; the first is the leader, which takes the requests."""
+
+    id: bytes
+    model: str
+    stages: list[Peer]
+    after: dict[bytes, bytes] = field(default_factory=dict)
+
+    @property
+    def leader(self) -> Peer:
+        return self.stages[0]
+
+    @property
+    def spans(self) -> list[Span]:
+        return [stage.hello.span for stage in self.stages if stage.hello.span is not None]

@@ -1,0 +1,356 @@
+"""The life of a request: every transition of a Record happens here and nowhere else. Knows no socket and no clock.
+
+The rule on top: each accepted request ends in exactly one FINAL or ERROR to its asker, a worker's credit is spent
+from dispatch until that worker is done with the request (or is lost), and an answer counts only if it comes from
+the peer that serves the request now, under the current leg.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from ..schema.codec import encode
+from ..schema.errors import Busy, DeadlineExceeded, Malformed, NoService, RalmqError, RequestCancelled, WorkerLost
+from ..schema.frame import Prefix, restamped
+from ..schema.limits import MAX_ATTEMPT
+from ..schema.message import Cancel, Credit, Error, Final, Gone, Release
+from .limits import Limits
+from .pipelines import Pipelines
+from .records import Frames, Peer, Record, Sent, State
+from .routes import Routes
+from .services import Service
+from .timers import Timers
+
+
+class Requests:
+    """The routing table: id -> who asked, who serves, which leg, until when."""
+
+    def __init__(self, out: list[Sent], pipelines: Pipelines, epoch: int, limits: Limits, now: float) -> None:
+        self.open: dict[bytes, Record] = {}
+        self.services: dict[str, Service] = {}
+        self.builtins: dict[str, Callable[[float], dict[str, Any]]] = {}  # services that the broker answers itself
+        self.counts: Counter[str] = Counter()
+        self.left: list[Peer] = []  # leaving workers whose last request has just ended
+        self.queued_bytes = 0
+        self._out = out
+        self._pipelines = pipelines
+        self._epoch = epoch
+        self._limits = limits
+        self._started = now
+        self._deadlines = Timers(now)
+        self._waits = Timers(now)
+        self._ended: tuple[dict[bytes, int], dict[bytes, int]] = ({}, {})
+        self._routes = Routes()
+
+    # -- from the asker
+
+    def accept(self, now: float, asker: Peer, prefix: Prefix, frames: Frames) -> None:
+        """REQUEST: dispatched at once where a worker has credit, else queued, else refused."""
+        known = self.open.get(prefix.id)
+        if known is not None:
+            if known.asker is not asker:
+                return self._refuse(asker, prefix, Malformed("the id of this request is in use: draw another"))
+            if prefix.attempt <= known.attempt:
+                self.counts["duplicates"] += 1
+                return None
+            self._abandon(now, known)
+        elif prefix.attempt <= max(self._ended[0].get(prefix.id, -1), self._ended[1].get(prefix.id, -1)):
+            self.counts["duplicates"] += 1
+            return None
+        route = self._routes.read(frames[0])
+        deadline = now + prefix.deadline / 1000 if prefix.deadline else 0.0
+        parent: Record | None = None
+        if route.parent is not None:
+            parent = self.open.get(route.parent)
+            if parent is None or not serves(asker, parent):
+                return self._refuse(asker, prefix, RequestCancelled(_ORPHAN))
+            if parent.deadline and not 0.0 < deadline <= parent.deadline:
+                deadline = parent.deadline
+                left = max(1, int((deadline - now) * 1000))
+                frames = [restamped(frames[0], attempt=prefix.attempt, deadline=left), *frames[1:]]
+        service = self.services.get(route.service)
+        if service is None:
+            if route.service in self.builtins:
+                body = self.builtins[route.service](now)
+                return self._tell(asker, Final(body), prefix.id, prefix.attempt)
+            service = self.service(route.service)
+        record = Record(prefix.id, asker, service, prefix.attempt, deadline, route.priority, frames, now)
+        record.leg = prefix.attempt
+        record.until = route.window
+        worker = service.choose() if not service.queue.count else None
+        if worker is None and (refusal := self._queue(now, record, route.wait_ms)) is not None:
+            return self._refuse(asker, prefix, refusal)
+        self.counts["accepted"] += 1
+        self.open[record.id] = record
+        asker.asked[record.id] = record
+        if deadline:
+            self._deadlines.add(record, deadline)
+        if parent is not None:
+            record.parent = parent
+            parent.children = parent.children or {}
+            parent.children[record.id] = record
+        if worker is not None:
+            self._dispatch(now, record, worker)
+        return None
+
+    def cancel(self, now: float, asker: Peer, prefix: Prefix) -> None:
+        """CANCEL from the asker; a request that has ended meanwhile is passed over."""
+        record = self.open.get(prefix.id)
+        if record is not None and record.asker is asker and prefix.attempt == record.attempt:
+            self.fail(now, record, RequestCancelled("cancelled by the asker"))
+
+    def credit(self, asker: Peer, prefix: Prefix, until: int) -> None:
+        """CREDIT from the asker goes to the worker; it never shrinks."""
+        record = self.open.get(prefix.id)
+        if record is None or record.asker is not asker or prefix.attempt != record.attempt or until <= record.until:
+            return
+        record.until = until
+        if record.worker is not None:
+            self._tell(record.worker, Credit(until), record.id, record.leg)
+
+    # -- from the worker
+
+    def partial(self, worker: Peer, prefix: Prefix, frames: Frames) -> None:
+        """PARTIAL: forwarded untouched where the fence lets it pass; else the worker is told to stop."""
+        record = self.open.get(prefix.id)
+        if record is None or record.leg != prefix.attempt or not serves(worker, record):
+            self._stale(worker, prefix)
+        else:
+            self._forward(record, prefix, frames)
+
+    def finish(self, now: float, worker: Peer, prefix: Prefix, frames: Frames) -> None:
+        """FINAL or ERROR: the end of the request, or the late acknowledgement of one that ended without the worker."""
+        record = self.open.get(prefix.id)
+        if record is None or record.leg != prefix.attempt or not serves(worker, record):
+            owner = worker.pipeline.leader if worker.pipeline is not None else worker
+            if owner.ending.pop((prefix.id, prefix.attempt), None) is None:
+                self.counts["fenced"] += 1
+            else:
+                self._spare(now, owner)
+            return
+        owner = record.worker
+        assert owner is not None
+        self._forward(record, prefix, frames)
+        record.service.finished += 1
+        self._end(now, record)
+        self._spare(now, owner)
+
+    def reconcile(self, worker: Peer, active: tuple[tuple[bytes, int], ...]) -> None:
+        """Attempts that a worker's BEAT lists and that nobody waits for are ended there."""
+        for identity, attempt in active:
+            record = self.open.get(identity)
+            served = record is not None and record.leg == attempt and serves(worker, record)
+            if not served and (identity, attempt) not in worker.ending:
+                self._tell(worker, Gone("this attempt is over"), identity, attempt)
+
+    # -- from the roster and the clock
+
+    def service(self, name: str) -> Service:
+        """The service of that name, made where it is new."""
+        return self.services.setdefault(name, Service(name))
+
+    def feed(self, now: float, worker: Peer) -> None:
+        """Gives a worker with credit what waits for its services."""
+        for service in worker.services:
+            while service.queue.count and worker.load < worker.hello.capacity and worker in service.workers:
+                record = service.queue.pop()
+                self._unqueued(record)
+                self._dispatch(now, record, worker)
+
+    def withdrawn(self, now: float, service: Service) -> None:
+        """The last offer of a service is gone: those who wait get the grace in which it may come back."""
+        service.gone_at = now
+        for record in service.queue.records():
+            if not record.attempt:
+                self._waits.add(record, now + self._limits.grace)
+
+    def lose_worker(self, now: float, worker: Peer, reason: str) -> None:
+        """Requests of a lost worker go to another where that is harmless, and fail otherwise; nothing is sent to it."""
+        worker.ending.clear()
+        for record in list(worker.serving.values()):
+            del worker.serving[record.id]
+            record.worker = None
+            if worker.hello.idempotent and record.tries < self._limits.tries and record.leg < MAX_ATTEMPT:
+                self._requeue(now, record)
+            else:
+                self.fail(now, record, WorkerLost(f"worker {worker.name} of {record.service.name} {reason}: ask again"))
+        worker.load = 0
+
+    def lose_asker(self, now: float, asker: Peer) -> None:
+        """Nobody waits any more for what a lost peer asked."""
+        for record in list(asker.asked.values()):
+            self._abandon(now, record)
+
+    def fail(self, now: float, record: Record, error: RalmqError) -> None:
+        """Ends a request with an ERROR to its asker; a worker that serves it is told to stop."""
+        self.counts[error.code] += 1
+        message = Error(error.code, error.message[:2000], int(error.retry_after * 1000))
+        self._tell(record.asker, message, record.id, record.attempt)
+        self._stop(record, Cancel(error.code))
+        self._end(now, record)
+
+    def tick(self, now: float) -> None:
+        """What time demands: deadlines, and the end of waiting for a service that did not come."""
+        for record in self._deadlines.due(now):
+            if record.state is not State.ENDED:
+                self.fail(now, record, self._too_late(record))
+        for record in self._waits.due(now):
+            if record.state is State.QUEUED and not record.service.offers:
+                self.fail(now, record, self._nobody(record.service))
+
+    def measure(self, now: float, seconds: float) -> None:
+        """Rates of the services, once an interval; names that nobody offers or waits for are forgotten."""
+        for name, service in list(self.services.items()):
+            service.measure(seconds)
+            if not service.offers and not service.queue.count and now > service.gone_at + self._limits.grace:
+                del self.services[name]
+
+    # -- inside
+
+    def _queue(self, now: float, record: Record, wait_ms: int) -> RalmqError | None:
+        """Puts a request into its service's queue; the error to refuse it with where it cannot wait there."""
+        service, asker, limits = record.service, record.asker, self._limits
+        until = 0.0
+        if not service.offers:
+            until = max(self._started + limits.grace, service.gone_at + limits.grace, now + wait_ms / 1000)
+            if record.attempt:
+                until = float("inf") if not record.deadline else record.deadline
+            if until <= now:
+                return self._nobody(service)
+        record.size = sum(map(len, record.frames))
+        full = service.queue.count >= limits.queue or self.queued_bytes + record.size > limits.queue_bytes
+        if full or (asker.queued_bytes and asker.queued_bytes + record.size > limits.peer_bytes):
+            after = service.retry_after(now)
+            waiting = f"{service.queue.count} requests wait for {service.name}"
+            return Busy(f"{waiting}: ask again in {after:.2f} s, or start another worker", retry_after=after)
+        if 0.0 < until < float("inf"):
+            self._waits.add(record, until)
+        self._enqueue(record)
+        return None
+
+    def _enqueue(self, record: Record, *, first: bool = False) -> None:
+        record.state = State.QUEUED
+        record.service.queue.push(record, first=first)
+        record.asker.queued_bytes += record.size
+        self.queued_bytes += record.size
+
+    def _unqueued(self, record: Record) -> None:
+        record.asker.queued_bytes -= record.size
+        self.queued_bytes -= record.size
+
+    def _requeue(self, now: float, record: Record) -> None:
+        """Another worker gets it next, before what came later; answers to the old leg are fenced off."""
+        self.counts["requeued"] += 1
+        record.leg += 1
+        record.size = sum(map(len, record.frames))
+        worker = record.service.choose()
+        if worker is not None:
+            self._dispatch(now, record, worker)
+            return
+        self._enqueue(record, first=True)
+        if not record.service.offers:
+            self._waits.add(record, now + self._limits.grace)
+
+    def _dispatch(self, now: float, record: Record, worker: Peer) -> None:
+        if record.attempt and not worker.hello.idempotent:
+            lost = f"{record.service.name} may have served this request before its connection was cut, and is not "
+            record.state = State.RUNNING  # it has left the queue
+            self.fail(now, record, WorkerLost(lost + "safe to repeat: ask anew if you want it done again"))
+            return
+        record.state = State.RUNNING
+        record.worker = worker
+        record.tries += 1
+        worker.serving[record.id] = record
+        worker.load += 1
+        frames = record.frames
+        if now != record.queued_at or record.leg != record.attempt:
+            left = max(1, int((record.deadline - now) * 1000)) if record.deadline else 0
+            frames = [restamped(frames[0], attempt=record.leg, deadline=left), *frames[1:]]
+        self._out.append((worker.key, frames))
+        if not worker.hello.idempotent:
+            record.frames = []  # it will not be sent again: free the memory
+        if record.until and record.leg != record.attempt:
+            self._tell(worker, Credit(record.until), record.id, record.leg)
+
+    def _forward(self, record: Record, prefix: Prefix, frames: Frames) -> None:
+        if prefix.attempt != record.attempt:
+            frames = [restamped(frames[0], attempt=record.attempt, deadline=prefix.deadline), *frames[1:]]
+        self._out.append((record.asker.key, frames))
+
+    def _end(self, now: float, record: Record) -> None:
+        """The one place where a request leaves the table."""
+        if record.state is State.QUEUED:
+            record.service.queue.remove(record)
+            self._unqueued(record)
+        record.state = State.ENDED
+        record.frames = []
+        del self.open[record.id]
+        del record.asker.asked[record.id]
+        if record.worker is not None:
+            record.worker.serving.pop(record.id, None)
+        if record.deadline:
+            self._deadlines.remove(record, record.deadline)
+        self._ended[0][record.id] = record.attempt
+        if len(self._ended[0]) >= 65_536:
+            self._ended = ({}, self._ended[0])
+        if record.parent is not None and record.parent.children is not None:
+            record.parent.children.pop(record.id, None)
+        if record.children:
+            for child in list(record.children.values()):
+                self.fail(now, child, RequestCancelled(_ORPHAN))
+
+    def _abandon(self, now: float, record: Record) -> None:
+        """Ends a request without a word to its asker."""
+        self.counts["abandoned"] += 1
+        self._stop(record, Release())
+        self._end(now, record)
+
+    def _stop(self, record: Record, message: Cancel | Release) -> None:
+        """Tells the serving worker; its credit stays spent until it acknowledges."""
+        worker = record.worker
+        if worker is not None:
+            worker.ending[record.id, record.leg] = record
+            self._tell(worker, message, record.id, record.leg)
+
+    def _spare(self, now: float, worker: Peer) -> None:
+        """A credit of the worker is free again."""
+        worker.load -= 1
+        self.feed(now, worker)
+        if worker.leaving and not worker.load:
+            self.left.append(worker)
+
+    def _stale(self, worker: Peer, prefix: Prefix) -> None:
+        self.counts["fenced"] += 1
+        if (prefix.id, prefix.attempt) not in worker.ending:
+            self._tell(worker, Gone("this attempt is over"), prefix.id, prefix.attempt)
+
+    def _nobody(self, service: Service) -> NoService:
+        return NoService(f"no worker offers {service.name}: start one, or see `ralmq status` for what there is")
+
+    def _too_late(self, record: Record) -> DeadlineExceeded:
+        name = record.service.name
+        if record.state is State.RUNNING:
+            where = f"worker {record.worker.name if record.worker else '?'} of {name} did not end in time"
+        elif record.service.workers or not name.startswith("lm:"):
+            where = f"no worker of {name} was free in time"
+        else:
+            where = f"no pipeline of {name} is formed; missing layers: {self._pipelines.missing(name[3:])}"
+        return DeadlineExceeded(f"{where}: raise the deadline, or start more workers")
+
+    def _refuse(self, asker: Peer, prefix: Prefix, error: RalmqError) -> None:
+        """Answers a request that is not accepted; no state is kept."""
+        self.counts[error.code] += 1
+        after = int(error.retry_after * 1000)
+        self._tell(asker, Error(error.code, error.message[:2000], after), prefix.id, prefix.attempt)
+
+    def _tell(self, peer: Peer, message: Any, identity: bytes, attempt: int) -> None:
+        self._out.append((peer.key, encode(message, id=identity, attempt=attempt, epoch=self._epoch)))
+
+
+_ORPHAN = "the request on whose behalf this one asks is over"
+
+
+def serves(peer: Peer, record: Record) -> bool:
+    """The fence by peer: the worker itself, or any stage of the pipeline that the worker leads."""
+    worker = record.worker
+    return worker is not None and (worker is peer or (peer.pipeline is not None and worker.pipeline is peer.pipeline))

@@ -1,0 +1,157 @@
+"""Who is connected, what each offers, and whether it still makes progress. Knows no socket; life is told to it."""
+
+from typing import Any
+
+from ..schema.codec import encode
+from ..schema.errors import Malformed
+from ..schema.limits import NO_ID
+from ..schema.message import Beat, Bye, Form, Gone, Hello, Welcome
+from .limits import Limits
+from .pipelines import Pipelines
+from .records import Peer, Pipeline, Sent
+from .requests import Requests
+
+RESERVED = "ralmq."
+
+
+class Roster:
+    """All peers by routing id. A peer that announces a known nonce on a new connection replaces the old one."""
+
+    def __init__(self, out: list[Sent], requests: Requests, pipelines: Pipelines, epoch: int, limits: Limits) -> None:
+        self.peers: dict[bytes, Peer] = {}
+        self._by_nonce: dict[bytes, Peer] = {}
+        self._out = out
+        self._requests = requests
+        self._pipelines = pipelines
+        self._epoch = epoch
+        self._limits = limits
+
+    def hello(self, now: float, key: bytes, hello: Hello) -> None:
+        """HELLO: the peer is known from now on, its services are offered, its span may complete a pipeline."""
+        offers = bool(hello.services) or hello.span is not None
+        if offers and not hello.capacity:
+            raise Malformed("a worker needs a capacity of at least 1")
+        if any(name.startswith(RESERVED) for name in hello.services):
+            raise Malformed(f"names that begin with {RESERVED} belong to the broker: choose another")
+        known = self.peers.get(key)
+        if known is None or known.hello.nonce != hello.nonce:
+            for old in (known, self._by_nonce.get(hello.nonce)):
+                if old is not None and self.peers.get(old.key) is old:
+                    self.lose(now, old, "announced itself anew")
+        self._tell(key, Welcome(beat_ms=int(self._limits.beat * 1000), name=hello.name))
+        if key not in self.peers:
+            self._add(now, Peer(key, hello, hello.name, now, progress_at=now))
+
+    def bye(self, now: float, peer: Peer) -> None:
+        """BYE: a client is forgotten; a worker gets no new work, and BYE back once nothing of it is open."""
+        peer.draining = True
+        if not peer.works:
+            self.lose(now, peer, "left")
+            return
+        owner = peer.pipeline.leader if peer.pipeline is not None else peer
+        owner.leaving = True
+        self._stop_offering(owner)
+        self.left(now, owner)
+
+    def left(self, now: float, worker: Peer) -> None:
+        """Something of this worker ended: if it, or a stage of its pipeline, drains and nothing is open, it may go."""
+        if worker.load or self.peers.get(worker.key) is not worker:
+            return
+        worker.leaving = False
+        pipeline = worker.pipeline
+        leaving = [stage for stage in (pipeline.stages if pipeline else [worker]) if stage.draining]
+        if leaving and pipeline is not None:
+            self._dissolve(pipeline, "a stage is drained")
+            return  # which puts each draining stage back here, now without a pipeline
+        for stage in leaving:
+            self._tell(stage.key, Bye())
+            self._forget(now, stage)
+
+    def lose(self, now: float, peer: Peer, reason: str) -> None:
+        """The peer is dead, cut off or hung: what it asked is abandoned, what it served goes on elsewhere or fails."""
+        pipeline = peer.pipeline
+        self._requests.lose_asker(now, peer)
+        if pipeline is not None:
+            self._stop_offering(pipeline.leader)
+            self._requests.lose_worker(now, pipeline.leader, f"lost {peer.name}, which {reason}")
+            self._dissolve(pipeline, "a stage is lost", gone=peer)
+        elif peer.works:
+            self._stop_offering(peer)
+        self._requests.lose_worker(now, peer, reason)
+        self._forget(now, peer)
+
+    def beat(self, now: float, peer: Peer, beat: Beat) -> None:
+        """BEAT: progress is a count that moved, or nothing in hand."""
+        if beat.progress != peer.progress or not beat.busy:
+            peer.progress, peer.progress_at = beat.progress, now
+        peer.busy = beat.busy
+        peer.gauges = beat.gauges
+        self._requests.reconcile(peer, beat.active)
+
+    def hung(self, now: float) -> None:
+        """Workers that have work and no progress past their stall limit are treated as lost, and told so."""
+        for peer in list(self.peers.values()):
+            if not peer.load and not peer.busy:
+                peer.progress_at = max(peer.progress_at, now - self._limits.beat)
+            elif now - peer.progress_at > peer.hello.stall_ms / 1000:
+                self._tell(peer.key, Gone("no progress past the stall limit"))
+                self.lose(now, peer, "made no progress past its stall limit")
+
+    # -- inside
+
+    def _add(self, now: float, peer: Peer) -> None:
+        self.peers[peer.key] = peer
+        self._by_nonce[peer.hello.nonce] = peer
+        for name in peer.hello.services:
+            service = self._requests.service(name)
+            service.offers += 1
+            service.workers.append(peer)
+            peer.services.append(service)
+        span = peer.hello.span
+        if span is not None:
+            service = self._requests.service(f"lm:{span.model}")
+            service.offers += 1
+            peer.services.append(service)
+            self._formed(now, self._pipelines.add(peer))
+        self._requests.feed(now, peer)
+
+    def _forget(self, now: float, peer: Peer) -> None:
+        del self.peers[peer.key]
+        if self._by_nonce.get(peer.hello.nonce) is peer:
+            del self._by_nonce[peer.hello.nonce]
+        for service in peer.services:
+            service.offers -= 1
+            if not service.offers:
+                self._requests.withdrawn(now, service)
+        if peer.hello.span is not None:
+            self._formed(now, self._pipelines.remove(peer))
+
+    def _stop_offering(self, peer: Peer) -> None:
+        for service in peer.services:
+            if peer in service.workers:
+                service.workers.remove(peer)
+
+    def _formed(self, now: float, pipelines: list[Pipeline]) -> None:
+        for pipeline in pipelines:
+            blocks = min(span.kv_blocks for span in pipeline.spans)
+            rows = min(span.max_rows for span in pipeline.spans)
+            for place, stage in enumerate(pipeline.stages):
+                form = Form(pipeline.model, place, len(pipeline.stages), blocks, rows)
+                self._tell(stage.key, form, pipeline.id)
+            service = self._requests.service(f"lm:{pipeline.model}")
+            service.workers.append(pipeline.leader)
+            self._requests.feed(now, pipeline.leader)
+
+    def _dissolve(self, pipeline: Pipeline, reason: str, gone: Peer | None = None) -> None:
+        """Ends a pipeline; its survivors drop their KV cache and are spares until the layers are covered again."""
+        self._stop_offering(pipeline.leader)
+        pipeline.leader.leaving = False
+        self._pipelines.dissolve(pipeline)
+        for stage in pipeline.stages:
+            if stage is not gone:
+                self._tell(stage.key, Gone(reason), pipeline.id)
+            if stage.draining and stage is not gone:
+                self._requests.left.append(stage)
+
+    def _tell(self, key: bytes, message: Any, identity: bytes = NO_ID) -> None:
+        self._out.append((key, encode(message, id=identity, epoch=self._epoch)))

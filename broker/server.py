@@ -1,0 +1,202 @@
+"""The asyncio shell around core.py: one ROUTER socket, a clock, a tick. Knows no rule of the broker.
+
+A plain socket with its file descriptor in the event loop moves several times more messages than zmq.asyncio. The
+descriptor is edge-triggered: after each batch, sends included, the socket is asked again, or it would stall.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import time
+from typing import Any, Final
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from ..schema.errors import Refused
+from ..schema.limits import MAX_FRAMES, MAX_MESSAGE
+from .core import Core
+from .limits import Limits
+from .outbox import Outbox
+from .records import Sent
+
+BATCH: Final = 64  # messages a pass, so that timers and other tasks get their turn
+TICK: Final = 0.01
+HEARTBEAT_MS: Final = 500
+HEARTBEAT_TIMEOUT_MS: Final = 2000
+LINGER_MS: Final = 1000  # closing at once with a multipart backlog can abort the process
+HIGH_WATER: Final = 256  # messages a peer; what a peer does not take beyond that waits in the outbox, bounded in bytes
+OUT_BYTES: Final = 64 << 20
+
+
+class Server:
+    """A broker on one address. `async with Server(url)` binds, serves until the block ends, and closes.
+
+    Args:
+        bind: tcp://host:port (port * or 0 picks one), ipc://path or inproc://name.
+        limits: bounds and rhythm, see Limits.
+        context: a zmq context to share, for inproc.
+
+    Raises:
+        Refused: the address is taken, or no address.
+    """
+
+    def __init__(self, bind: str, *, limits: Limits | None = None, context: zmq.Context[Any] | None = None) -> None:
+        self._bind = bind
+        self._limits = limits
+        self._own = context is None
+        self._context = context or zmq.Context()
+        self._outbox = Outbox(OUT_BYTES)
+        self._descriptors: dict[bytes, int] = {}
+        self._clock = time.monotonic
+        self._again = False
+
+    async def __aenter__(self) -> "Server":
+        self._loop = asyncio.get_running_loop()
+        epoch = int.from_bytes(os.urandom(4), "little") or 1
+        self.core = Core(epoch, self._clock(), self._limits)
+        self._socket = self._open()
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        # the methods of the C level: the wrappers around them cost as much as they do
+        self._recv = super(zmq.Socket, self._socket).recv
+        self._send = super(zmq.Socket, self._socket).send
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._pump)
+        self._loop.add_reader(self._monitor.getsockopt(zmq.FD), self._disconnected)
+        self._timer = self._loop.call_later(TICK, self._tick)
+        self._pump()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
+        self._loop.remove_reader(self._monitor.getsockopt(zmq.FD))
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close(LINGER_MS)
+        if self._own:
+            await asyncio.to_thread(self._context.term)
+
+    def _open(self) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.LINGER, LINGER_MS)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
+        socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE + (1 << 20))
+        try:
+            socket.bind(self._bind)
+        except zmq.ZMQError as error:
+            socket.close(0)
+            if error.errno == errno.EADDRINUSE:
+                message = f"{self._bind} is taken: stop the broker that runs there, or bind another port"
+            else:
+                message = f"cannot bind {self._bind} ({error.strerror}): give tcp://host:port or ipc://path"
+            raise Refused(message) from None
+        return socket
+
+    def _pump(self) -> None:
+        """Takes what has arrived, at most a batch, and sends what follows from it."""
+        receive, step, descriptors = self._recv, self.core.step, self._descriptors
+        self._again = False
+        now = self._clock()
+        try:
+            for _ in range(BATCH):
+                key = receive(zmq.NOBLOCK)
+                frame = receive(zmq.NOBLOCK, False)
+                frames = [frame]
+                while frame.more:
+                    frame = receive(zmq.NOBLOCK, False)
+                    if len(frames) <= MAX_FRAMES:  # one more than allowed shows that there were too many
+                        frames.append(frame)
+                if key not in descriptors:
+                    descriptors[key] = _descriptor(frames[0])
+                sent = step(now, key, frames)
+                if sent:
+                    self._deliver(sent)
+        except zmq.Again:
+            if self._outbox:
+                self._retry()
+            if not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                return
+        self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        if not self._again:
+            self._again = True
+            self._loop.call_soon(self._pump)
+
+    def _deliver(self, sent: list[Sent]) -> None:
+        for key, frames in sent:
+            if key in self._outbox:
+                self._hold(key, frames)
+                continue
+            try:
+                self._put(key, frames)
+            except zmq.Again:
+                self._hold(key, frames)
+            except zmq.ZMQError as error:
+                self._failed(key, error)
+
+    def _put(self, key: bytes, frames: list[Any]) -> None:
+        send = self._send
+        send(key, zmq.NOBLOCK | zmq.SNDMORE)
+        last = len(frames) - 1
+        for place, frame in enumerate(frames):
+            send(frame, zmq.NOBLOCK if place == last else zmq.NOBLOCK | zmq.SNDMORE, False)
+
+    def _hold(self, key: bytes, frames: list[Any]) -> None:
+        if not self._outbox.hold(key, frames):
+            self._lost(key, "did not take what was sent to it")
+
+    def _retry(self) -> None:
+        """Sends what is held, as far as the peers take it: a ROUTER does not tell when one of them can take more."""
+        for key in self._outbox.peers():
+            try:
+                more = True
+                while more:
+                    self._put(key, self._outbox.first(key))
+                    more = self._outbox.sent(key)
+            except zmq.Again:
+                continue
+            except zmq.ZMQError as error:
+                self._failed(key, error)
+
+    def _failed(self, key: bytes, error: zmq.ZMQError) -> None:
+        if error.errno != errno.EHOSTUNREACH:
+            raise error
+        self._lost(key, "died or was cut off")
+
+    def _lost(self, key: bytes, reason: str) -> None:
+        self._outbox.drop(key)
+        self._descriptors.pop(key, None)
+        self._deliver(self.core.lost(self._clock(), key, reason))
+
+    def _tick(self) -> None:
+        self._timer = self._loop.call_later(TICK, self._tick)
+        sent = self.core.tick(self._clock())
+        if sent:
+            self._deliver(sent)
+        if self._outbox:
+            self._retry()
+        if sent or self._outbox:
+            self._pump_soon()
+
+    def _disconnected(self) -> None:
+        """A connection ended: whoever had its descriptor is asked at once, since descriptors are used again."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+                for key in [key for key, number in self._descriptors.items() if number == event["value"]]:
+                    self._deliver(self.core.greet(key))
+        self._pump_soon()
+
+
+def _descriptor(frame: zmq.Frame) -> int:
+    try:
+        return int(frame.get(zmq.SRCFD))
+    except zmq.ZMQError:  # inproc has none
+        return -1

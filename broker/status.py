@@ -1,0 +1,76 @@
+"""The broker as a user sees it: plain data for `ralmq status`. Reads the state, changes nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .records import Peer
+
+if TYPE_CHECKING:
+    from .pipelines import Pipelines
+    from .requests import Requests
+    from .roster import Roster
+
+
+def snapshot(
+    now: float, started: float, epoch: int, roster: Roster, requests: Requests, pipelines: Pipelines
+) -> dict[str, Any]:
+    """Broker, workers, services and pipelines."""
+    workers = [peer for peer in roster.peers.values() if peer.works]
+    models = {span.model for stage in pipelines.stages() if (span := stage.hello.span)}
+    return {
+        "broker": {
+            "epoch": epoch,
+            "uptime_s": round(now - started, 3),
+            "clients": len(roster.peers) - len(workers),
+            "open_requests": len(requests.open),
+            "queued_bytes": requests.queued_bytes,
+            "counts": dict(requests.counts),
+        },
+        "workers": [_worker(peer) for peer in workers],
+        "services": {
+            name: {
+                "workers": len(service.workers),
+                "queued": service.queue.count,
+                "finished": service.finished,
+                "rate": round(service.rate, 3),
+            }
+            for name, service in sorted(requests.services.items())
+        },
+        "pipelines": [
+            {
+                "model": pipeline.model,
+                "formed": True,
+                "stages": [stage.name for stage in pipeline.stages],
+                "missing": "",
+            }
+            for pipeline in pipelines.formed.values()
+        ]
+        + [
+            {"model": model, "formed": False, "stages": [], "missing": pipelines.missing(model)}
+            for model in sorted(models - {pipeline.model for pipeline in pipelines.formed.values()})
+        ],
+    }
+
+
+def _worker(peer: Peer) -> dict[str, Any]:
+    span = peer.hello.span
+    described: dict[str, Any] = {
+        "name": peer.name,
+        "services": [service.name for service in peer.services],
+        "state": _state(peer),
+        "pid": peer.hello.pid,
+        "in_flight": peer.load,
+        "capacity": peer.hello.capacity,
+        "labels": peer.hello.labels,
+        **({"gauges": peer.gauges} if peer.gauges else {}),
+    }
+    if span is not None:
+        described["layers"] = [span.first, span.last, span.layers]
+    return described
+
+
+def _state(peer: Peer) -> str:
+    if peer.draining:
+        return "draining"
+    return "spare" if peer.hello.span is not None and peer.pipeline is None else "ready"

@@ -1,0 +1,1 @@
+"""What travels: messages, their frames, tensors, limits and errors. Knows no socket, no torch, no faiss."""

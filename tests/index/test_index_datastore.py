@@ -1,0 +1,259 @@
+"""Texts to a datastore and to held-out bits, with a stand-in that answers `score` as a stage does."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from conftest import Part, Scorer
+from ralmq.schema.errors import Busy, Refused
+from ralmq.workers.index import datastore
+from ralmq.workers.index.datastore import build_datastore
+from ralmq.workers.index.directory import OutputError
+from ralmq.workers.index.evaluate import evaluate_bits, model_bits, score_held_out
+from ralmq.workers.index.score import ScoreError, describe, score
+from ralmq.workers.index.sources import Document, SourceError
+from ralmq.workers.index.store import open_index
+from ralmq.workers.index.stream import TokenStream
+from ralmq.workers.index.tokenized import tokenize
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+RNG = np.random.default_rng(5)
+LENGTHS = (40, 1, 7, 16, 17, 0, 33)
+IDS = [RNG.integers(0, 50, length).tolist() for length in LENGTHS]
+DOCUMENTS = [Document(f"d{place}", " ".join(f"w{i}" for i in ids)) for place, ids in enumerate(IDS)]
+
+
+def build(scorer: Scorer, words: Tokenizer, out: Path, **changed: Any) -> Any:
+    given: dict[str, Any] = {"model": "tiny", "name": "docs", "documents": DOCUMENTS, "tokenizer": words, "out": out}
+    return asyncio.run(build_datastore(scorer, **{**given, **changed}))
+
+
+def test_every_token_is_an_entry_once(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
+    manifest = build(scorer, words, tmp_path / "docs", sources=["folder"])
+    index = open_index(tmp_path / "docs")
+    assert index.manifest == manifest
+    assert (manifest.ntotal, manifest.dimension) == (sum(max(0, length - 1) for length in LENGTHS), 4)
+    assert (manifest.model, manifest.fingerprint, manifest.sources) == ("tiny", "f" * 16, ("folder",))
+    payloads = index.following(np.arange(manifest.ntotal))
+    wanted = [
+        [*ids[place + 1 : place + 9], *[-1] * (8 - len(ids[place + 1 : place + 9]))]
+        for ids in IDS
+        for place in range(len(ids) - 1)
+    ]
+    assert payloads.tolist() == wanted
+
+
+def test_keys_belong_to_their_entries(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
+    """The stand-in's key names its token, the token before, and the context it had: at least a quarter of a window."""
+    stream = tokenize(DOCUMENTS, words).stream
+    found = asyncio.run(score(scorer, model="tiny", stream=stream))
+    row = 0
+    for ids in IDS:
+        for place in range(len(ids) - 1):
+            token, before, context, _ = found.hidden[row].tolist()
+            assert token == ids[place] and (place == 0 or before == ids[place - 1])
+            assert context == place if place < 15 else 4 <= context <= 14
+            assert found.logp[row] == np.float32(-(np.float32(ids[place + 1] + 1) / 10))
+            assert found.targets[row] == ids[place + 1]
+            assert found.contexts[row].tolist() == [ids[place - 1] if place else -1, ids[place]]
+            row += 1
+    assert row == len(found.entries)
+
+
+def test_a_few_windows_are_in_flight(scorer: Scorer, words: Tokenizer) -> None:
+    stream = tokenize(DOCUMENTS, words).stream
+    real = scorer.stream
+
+    async def slow(*given: Any, **named: Any) -> Any:
+        async for part in real(*given, **named):
+            await asyncio.sleep(0)
+            yield part
+
+    scorer.stream = slow  # type: ignore[method-assign]
+    asyncio.run(score(scorer, model="tiny", stream=stream, in_flight=3))
+    assert scorer.most == 3
+
+
+def test_progress_counts_every_entry(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    build(scorer, words, tmp_path / "docs", progress=lambda *step: told.append(step))
+    scored = [done for stage, done, total in told if stage == "score" and total == 108]
+    assert scored == sorted(scored) and scored[-1] == 108
+    assert [told[0], told[1], told[-1]] == [("tokenize", 0, 1), ("tokenize", 1, 1), ("fill", 108, 108)]
+
+
+def test_max_tokens_cuts_the_last_document(scorer: Scorer, words: Tokenizer) -> None:
+    stream = tokenize(DOCUMENTS, words, 44).stream
+    assert stream.names == ("d0", "d1", "d2") and len(stream.tokens) == 44
+    assert stream.tokens.tolist() == [*IDS[0], *IDS[1], *IDS[2][:3]]
+    for documents, most in (([], None), (DOCUMENTS[1:2], None), (DOCUMENTS, 1), (DOCUMENTS, 0)):
+        with pytest.raises(SourceError, match="no document of two tokens"):
+            tokenize(documents, words, most)
+
+
+def test_bytes_are_those_of_the_predicted_tokens() -> None:
+    """A byte-level tokenizer over a text whose characters take one to four bytes: every byte is one token."""
+    alphabet = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = "a é \n€ 𝄞 end"
+    whole = tokenize([Document("x", text), Document("y", " b")], tokenizer)
+    assert len(whole.stream.tokens) == len(text.encode()) + 2
+    assert whole.scored_bytes == len(text.encode()) - 1 + 1
+    assert tokenize([Document("x", "abcdef")], tokenizer, 4).scored_bytes == 3
+
+
+def drop(wanted: int) -> Callable[[Part], Part | None]:
+    return lambda part: None if part.body.get("position") == wanted else part
+
+
+def body(**fields: Any) -> Callable[[Part], Part]:
+    return lambda part: Part({**part.body, **fields}) if "fingerprint" in part.body else part
+
+
+def tensors(change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, ...]]) -> Callable[[Part], Part]:
+    return lambda part: Part(part.body, change(*(x.numpy() for x in part.tensors))) if part.tensors else part
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (drop(0), "do not cover them"),
+        (drop(5), "do not cover them"),
+        (drop(10), "do not cover them"),
+        (lambda part: None if "fingerprint" in part.body else part, "no summary"),
+        (lambda part: Part({**part.body, "position": 0}, tuple(x.numpy() for x in part.tensors)), "position 0 twice"),
+        (tensors(lambda hidden, logp: (hidden,)), "1 tensors in a part"),
+        (tensors(lambda hidden, logp: (hidden, logp[:-1])), "in a part"),
+        (tensors(lambda hidden, logp: (hidden.astype(np.float64), logp)), "score sent float64"),
+        (tensors(lambda hidden, logp: (hidden[:, :3].copy(), logp)), "hidden states of shape"),
+        (tensors(lambda hidden, logp: (hidden * np.float32(np.nan), logp)), "not finite"),
+        (tensors(lambda hidden, logp: (hidden, logp * np.float32(np.nan))), "not finite"),
+        (body(d=0), "summary that lacks"),
+        (body(context=1), "summary that lacks"),
+        (body(vocab=None), "summary that lacks"),
+        (body(fingerprint=7), "summary that lacks"),
+    ],
+)
+def test_answers_that_do_not_fit(
+    scorer: Scorer, words: Tokenizer, tmp_path: Path, spoil: Callable[[Part], Part | None], said: str
+) -> None:
+    honest = describe(scorer, "tiny")
+    assert asyncio.run(honest).d == 4
+    scorer.spoil = spoil
+    with pytest.raises(ScoreError, match=said) as caught:
+        build(scorer, words, tmp_path / "docs")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_changes_on_the_way(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
+    def later(part: Part) -> Part:
+        if len(scorer.asked) > 4:
+            scorer.fingerprint = "g" * 16
+        return part
+
+    scorer.spoil = later
+    with pytest.raises(ScoreError, match="became another model"):
+        build(scorer, words, tmp_path / "docs")
+
+
+def test_another_models_tokenizer(words: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="use that model's own tokenizer"):
+        build(Scorer(vocab=20), words, tmp_path / "docs")
+
+
+def test_a_clients_error_arrives_as_it_is(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
+    def fail(part: Part) -> Part:
+        if len(scorer.asked) > 3:
+            raise Busy("full", retry_after=1.0)
+        return part
+
+    scorer.spoil = fail
+    with pytest.raises(Busy, match="full"):
+        build(scorer, words, tmp_path / "docs")
+
+
+def test_a_bad_name_or_place_is_refused_before_anything_is_asked(
+    scorer: Scorer, words: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for changed in ({"out": tmp_path}, {"name": "a b"}):
+        with pytest.raises(OutputError):
+            build(scorer, words, **{"out": tmp_path / "docs", **changed})
+    assert scorer.asked == []
+
+
+def test_cancelled_while_it_writes(
+    scorer: Scorer, words: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread cannot be killed: it is told to stop, awaited, and leaves nothing."""
+    reached, go_on = threading.Event(), threading.Event()
+    real = datastore.write_index
+
+    def held(out: Path, *, progress: Any, **given: Any) -> Any:
+        def told(*step: Any) -> None:
+            reached.set()
+            go_on.wait(10)
+            progress(*step)
+
+        return real(out, progress=told, **given)
+
+    monkeypatch.setattr(datastore, "write_index", held)
+
+    async def main() -> None:
+        given: dict[str, Any] = {"model": "tiny", "name": "docs", "documents": DOCUMENTS, "tokenizer": words}
+        task = asyncio.create_task(build_datastore(scorer, out=tmp_path / "docs", **given))
+        assert await asyncio.to_thread(reached.wait, 10)
+        assert len(list(tmp_path.iterdir())) == 1
+        task.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert list(tmp_path.iterdir()) == []
+
+    asyncio.run(main())
+
+
+class Found(NamedTuple):
+    ids: np.ndarray
+    distances: np.ndarray
+    payloads: np.ndarray
+
+
+def test_bits_over_an_index_of_the_same_text(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
+    """A store of the held-out text itself finds each position's own key at distance 0, so p_knn of the target is 1."""
+    build(scorer, words, tmp_path / "docs")
+    index = open_index(tmp_path / "docs")
+
+    async def search(vectors: np.ndarray, k: int) -> Found:
+        ids, distances = index.search(vectors, k)
+        return Found(ids, distances, index.following(ids))
+
+    async def main() -> None:
+        held = await score_held_out(scorer, model="tiny", documents=DOCUMENTS, tokenizer=words)
+        assert held.n_bytes == sum(len(document.text) - len(document.text.split(" ")[0]) for document in DOCUMENTS)
+        p = np.exp(held.scored.logp.astype(np.float64))
+        found = await evaluate_bits(held, partial(search, k=1), lam=0.25, temperature=1.0)
+        assert found.model == model_bits(held)
+        assert found.model == pytest.approx(-np.log2(p).sum() / held.n_bytes, abs=1e-12)
+        assert found.knn == pytest.approx(-np.log2(0.25 + 0.75 * p).sum() / held.n_bytes, abs=1e-12)
+        assert found.shuffled > found.knn
+        assert await evaluate_bits(held, partial(search, k=1), lam=0.25, temperature=1.0) == found
+        none = await evaluate_bits(held, partial(search, k=3), lam=0.0, temperature=1.0)
+        assert none.knn == none.shuffled == pytest.approx(found.model, abs=1e-12)
+
+    asyncio.run(main())
+
+
+def test_stream_without_entries_is_scored_to_nothing(scorer: Scorer) -> None:
+    stream = TokenStream(np.array([3], np.int32), ("a",), np.array([0]))
+    found = asyncio.run(score(scorer, model="tiny", stream=stream))
+    assert found.hidden.shape == (0, 4) and found.targets.shape == (0,) and found.contexts.shape == (0, 2)

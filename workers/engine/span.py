@@ -1,0 +1,156 @@
+"""Some consecutive layers of one model with their KV cache: what a pipeline stage computes. Knows no other span."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .blocks import Block, Linear, Map
+from .checkpoint import Checkpoint
+from .config import ModelConfig, read_config
+from .families import Loader
+from .kv import BLOCK, KVCache
+from .step import Row, check_rows, plan, rope_table
+
+__all__ = ["DTYPES", "Row", "Span"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Span:
+    """Layers `first` to `last` - 1; the first span also holds the embedding, the last one final norm and head."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        first: int,
+        blocks: Sequence[Block],
+        cache: KVCache,
+        rope: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.first = first
+        self.last = first + len(blocks)
+        self.dtype = dtype
+        self.device = device
+        self.bytes = 0  # of weights
+        self.embedding: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.final_norm: Map | None = None
+        self.output: Linear | None = None
+        self._blocks = blocks
+        self._cache = cache
+        self._rope = rope
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        first: int,
+        last: int,
+        *,
+        dtype: str = "fp32",
+        device: str = "cpu",
+        blocks: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "Span":
+        """Reads these layers' tensors, and no others, from a Hugging Face directory.
+
+        `blocks` sizes the KV cache (16 tokens each); `progress` is told (parts read, parts in all), a part being a
+        layer, the embedding or the head. Raises CheckpointError for the directory, ValueError for the arguments.
+        """
+        config = read_config(Path(path))
+        if not 0 <= first < last <= config.layers:
+            raise ValueError(f"layers {first}:{last} are not a span of the model's {config.layers} layers")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        if blocks < 1:
+            raise ValueError(f"{blocks} KV blocks hold no token; give at least 1")
+        kind, place = DTYPES[dtype], torch.device(device)
+        loader = Loader(Checkpoint(path), config, kind, place)
+        is_first, is_last = first == 0, last == config.layers
+        total = last - first + is_first + is_last
+        tell = progress or (lambda done, total: None)
+        tell(0, total)
+        layers = []
+        for layer in range(first, last):
+            layers.append(loader.block(layer))
+            tell(len(layers), total)
+        cache = KVCache(last - first, blocks, config.kv_heads, config.head_dim, kind, place)
+        longest = min(config.context, blocks * BLOCK)
+        rope = rope_table(config, longest, kind, place) if loader.names.positions is None else None
+        span = cls(config, first, layers, cache, rope, dtype=kind, device=place)
+        if is_first:
+            span.embedding, span.positions = loader.embedding(), loader.positions()
+            tell(len(layers) + 1, total)
+        if is_last:
+            span.final_norm = loader.final_norm()
+            if not config.tied:
+                weight = loader.head()
+            else:
+                weight = loader.embedding() if span.embedding is None else span.embedding
+            span.output = Linear(weight, None)
+            tell(total, total)
+        span.bytes = loader.bytes
+        return span
+
+    @property
+    def is_first(self) -> bool:
+        """Takes token ids."""
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Has the head."""
+        return self.last == self.config.layers
+
+    @property
+    def blocks(self) -> int:
+        """KV blocks, of 16 tokens each."""
+        return self._cache.blocks
+
+    @property
+    def kv_bytes_per_block(self) -> int:
+        """Bytes of keys and values of 16 tokens in all layers of this span."""
+        return self._cache.bytes_per_block
+
+    @overload
+    def forward(self, rows: Sequence[Row], x: Tensor, *, ffn_input: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, rows: Sequence[Row], x: Tensor, *, ffn_input: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Row], x: Tensor, *, ffn_input: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """One step. `x` holds the rows' tokens one after the other: ids [n] on the first span, else hidden [n, hidden].
+
+        Returns hidden [n, hidden], and with `ffn_input` also what entered the last layer's MLP [n, hidden], which is
+        kNN-LM's key (Khandelwal et al. 2020). Writes keys and values into the rows' blocks. `x` is left as it was.
+        Raises ValueError for rows that do not fit; then nothing was written.
+        """
+        check_rows(rows, x.shape[0], self.config.context, self._cache.blocks)
+        step = plan(rows, self.config, self._rope, self.dtype, self.device)
+        if self.embedding is None:
+            hidden = x.to(device=self.device, dtype=self.dtype)
+        else:
+            hidden = functional.embedding(x.to(self.device), self.embedding)
+            if self.positions is not None:
+                hidden = hidden + self.positions.index_select(0, step.positions)
+        entered = hidden
+        for layer, block in enumerate(self._blocks):
+            hidden, entered = block(hidden, step, self._cache, layer)
+        return (hidden, entered) if ffn_input else hidden
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor, want: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Final norm and head of the tokens `want` (all by default) of hidden [n, hidden] -> fp32 logits [m, vocab]."""
+        if self.final_norm is None or self.output is None:
+            raise ValueError(f"layers {self.first}:{self.last} hold no head; only the last span has it")
+        if want is not None:
+            hidden = hidden[torch.as_tensor(want, device=hidden.device)]
+        return self.output(self.final_norm(hidden)).float()

@@ -1,0 +1,90 @@
+"""The asking side of `index build`: texts in, an index directory of a model's hidden states out. Knows no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from .directory import check_replaceable
+from .manifest import Manifest
+from .score import IN_FLIGHT, Asker, score
+from .sources import Document
+from .tokenized import tokenize
+from .writer import OWN_FILES, Progress, check_name, silent, write_index
+
+
+class _Stopped(Exception):
+    """Ends the writing thread once its asker was cancelled."""
+
+
+async def build_datastore(
+    client: Asker,
+    *,
+    model: str,
+    name: str,
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    out: Path,
+    max_tokens: int | None = None,
+    sources: Sequence[str] = (),
+    in_flight: int = IN_FLIGHT,
+    factory: str | None = None,
+    threads: int = 1,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Manifest:
+    """Scores `documents` with `lm:<model>` over `client` and writes index, payloads and manifest to `out`, atomically.
+
+    An entry's key is the hidden state at the last layer's FFN input, its value the next token (kNN-LM, Khandelwal et
+    al., 2020); each token but a document's last is an entry once. `progress(stage, done, total)` hears of the stages
+    tokenize, score, train and fill, the last two from another thread. Raises OutputError, SourceError, RalmqError,
+    OSError.
+    """
+    check_name(name)
+    check_replaceable(out, OWN_FILES)
+    progress("tokenize", 0, 1)
+    stream, _ = await asyncio.to_thread(tokenize, documents, tokenizer, max_tokens)
+    progress("tokenize", 1, 1)
+    scored = await score(client, model=model, stream=stream, in_flight=in_flight, progress=progress)
+
+    def write(told: Progress) -> Manifest:
+        return write_index(
+            out,
+            name=name,
+            vectors=scored.hidden,
+            stream=stream,
+            entries=scored.entries,
+            model=model,
+            fingerprint=scored.info.fingerprint,
+            sources=sources,
+            factory=factory,
+            threads=threads,
+            seed=seed,
+            progress=told,
+        )
+
+    return await _in_thread(write, progress)
+
+
+async def _in_thread(write: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
+    """Runs `write` beside the loop; when cancelled, waits until the thread has stopped and taken its files with it."""
+    stop = threading.Event()
+
+    def told(stage: str, done: int, total: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        progress(stage, done, total)
+
+    writing = asyncio.ensure_future(asyncio.to_thread(write, told))
+    try:
+        return await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.wait([writing])
+        if not writing.cancelled():
+            writing.exception()  # seen, so that asyncio does not report it
+        raise
