@@ -128,8 +128,8 @@ class Requests:
             else:
                 self._spare(now, owner)
             return
+        assert record.worker is not None
         owner = record.worker
-        assert owner is not None
         self._forward(record, prefix, frames)
         record.service.finished += 1
         self._end(now, record)

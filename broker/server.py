@@ -62,16 +62,16 @@ class Server:
         self._recv = super(zmq.Socket, self._socket).recv
         self._send = super(zmq.Socket, self._socket).send
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._pump)
-        self._loop.add_reader(self._monitor.getsockopt(zmq.FD), self._disconnected)
+        self._loop.add_reader(self._socket.fileno(), self._pump)
+        self._loop.add_reader(self._monitor.fileno(), self._disconnected)
         self._timer = self._loop.call_later(TICK, self._tick)
         self._pump()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._timer.cancel()
-        self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
-        self._loop.remove_reader(self._monitor.getsockopt(zmq.FD))
+        self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_reader(self._monitor.fileno())
         self._socket.disable_monitor()
         self._monitor.close(0)
         self._socket.close(LINGER_MS)
@@ -120,7 +120,7 @@ class Server:
         except zmq.Again:
             if self._outbox:
                 self._retry()
-            if not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            if not self._socket.get(zmq.EVENTS) & zmq.POLLIN:
                 return
         self._pump_soon()
 

@@ -1,6 +1,6 @@
 """Messages to frames and back. `decode` is total: a message, or Malformed; never another exception."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, get_type_hints
@@ -9,9 +9,10 @@ import msgpack
 
 from .checks import Check, Field
 from .errors import Malformed
-from .frame import BODY_APART, HEAD, LENGTHS, PREFIX, Prefix, read_prefix, sections
+from .frame import BODY_APART, LENGTHS, PREFIX, Prefix, read_prefix, sections
 from .limits import (
     ALIGNMENT,
+    HEAD,
     MAX_BODY,
     MAX_BODY_INLINE,
     MAX_FRAMES,
@@ -30,7 +31,7 @@ _Plan = tuple[list[tuple[str, Check, bool]], list[tuple[str, Check, bool]], bool
 
 
 @cache
-def plan(cls: type[Any]) -> _Plan:
+def plan(cls: Hashable) -> _Plan:
     """Routing fields, body fields (name, check, required) of a message class, and whether it carries tensors."""
     hints = get_type_hints(cls, include_extras=True)
     routing: list[tuple[str, Check, bool]] = []

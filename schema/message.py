@@ -43,12 +43,12 @@ class Span(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One sequence's share of a STEP: `count` tokens from absolute `position` on; `blocks` is its block table."""
+    """One sequence's share of a STEP: `length` tokens from absolute `position` on; `blocks` is its block table."""
 
     id: bytes
     attempt: int
     position: int
-    count: int
+    length: int
     blocks: tuple[int, ...]
 
 
@@ -76,7 +76,7 @@ class Active(NamedTuple):
     attempt: int
 
 
-def _tuple_of(cls: type[NamedTuple], *checks: Any) -> Any:  # type: ignore[valid-type]
+def _tuple_of(cls: Any, *checks: Any) -> Any:
     """A check for a NamedTuple that travels as a positional array; entries of a later version are passed over."""
 
     def inner(value: Any) -> Any:
@@ -219,7 +219,7 @@ class Form:
 class Step:
     """One hop of a micro-batch; the prefix's id is the pipeline. Way there: rows and hidden states; back: returns.
 
-    Tensors on the way there: token ids or hidden states [sum of counts, d], then int32 prompt ids of `starts`, joined.
+    Tensors on the way there: token ids or hidden states [sum of lengths, d], then int32 prompt ids of `starts`, joined.
     """
 
     rows: Annotated[tuple[Row, ...], in_body(list_of(_ROW, MAX_ROWS))] = ()

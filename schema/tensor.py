@@ -101,7 +101,7 @@ def _from_torch(value: Any) -> Tensor:
         return Tensor(name, shape, b"")
     # read the storage directly: numpy knows no bf16, and the array keeps the tensor alive
     memory = (ctypes.c_char * size).from_address(value.data_ptr())
-    memory.owner = value  # type: ignore[attr-defined]
+    memory.owner = value
     return Tensor(name, shape, memoryview(memory).cast("B"))
 
 

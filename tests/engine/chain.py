@@ -1,5 +1,6 @@
 """Spans of one model run one after the other in this process, as a pipeline would."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +15,7 @@ class Chain:
     def __init__(self, path: Path, parts: int = 1, blocks: int = 64) -> None:
         layers = read_config(path).layers
         cuts = [layers * i // parts for i in range(parts + 1)]
-        self.spans = [
-            Span.load(path, first, last, blocks=blocks) for first, last in zip(cuts[:-1], cuts[1:], strict=True)
-        ]
+        self.spans = [Span.load(path, first, last, blocks=blocks) for first, last in itertools.pairwise(cuts)]
 
     def forward(self, rows: Sequence[Row], ids: torch.Tensor) -> torch.Tensor:
         x = ids

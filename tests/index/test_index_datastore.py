@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import Part, Scorer
+from index_scorer import Part, Scorer
 from ralmq.schema.errors import Busy, Refused
 from ralmq.workers.index import datastore
 from ralmq.workers.index.datastore import build_datastore
@@ -121,6 +121,10 @@ def tensors(change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, ...]]) 
     return lambda part: Part(part.body, change(*(x.numpy() for x in part.tensors))) if part.tensors else part
 
 
+def renumber(part: Part) -> Part:
+    return Part({**part.body, "position": 0}, tuple(x.numpy() for x in part.tensors)) if part.tensors else part
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -128,11 +132,11 @@ def tensors(change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, ...]]) 
         (drop(5), "do not cover them"),
         (drop(10), "do not cover them"),
         (lambda part: None if "fingerprint" in part.body else part, "no summary"),
-        (lambda part: Part({**part.body, "position": 0}, tuple(x.numpy() for x in part.tensors)), "position 0 twice"),
+        (renumber, "position 0 twice"),
         (tensors(lambda hidden, logp: (hidden,)), "1 tensors in a part"),
         (tensors(lambda hidden, logp: (hidden, logp[:-1])), "in a part"),
         (tensors(lambda hidden, logp: (hidden.astype(np.float64), logp)), "score sent float64"),
-        (tensors(lambda hidden, logp: (hidden[:, :3].copy(), logp)), "hidden states of shape"),
+        (tensors(lambda hidden, logp: (hidden[:, :3].copy(), logp)), "keys of shape"),
         (tensors(lambda hidden, logp: (hidden * np.float32(np.nan), logp)), "not finite"),
         (tensors(lambda hidden, logp: (hidden, logp * np.float32(np.nan))), "not finite"),
         (body(d=0), "summary that lacks"),

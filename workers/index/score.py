@@ -175,12 +175,12 @@ async def _ask(client: Asker, model: str, ids: NDArray[np.int32]) -> _Answer:
     reached = np.cumsum([0, *(len(logp) for _, logp in ordered)])
     if info is None or sorted(chunks) != reached[:-1].tolist() or reached[-1] != count:
         raise ScoreError(f"score of {count} tokens ended with {reached[-1]} rows that do not cover them, or no summary")
-    hidden = np.concatenate([rows for rows, _ in ordered])
-    if hidden.shape != (count, info.d) or not np.isfinite(hidden).all():
+    hidden, logp = (np.concatenate(list(arrays)) for arrays in zip(*ordered, strict=True))
+    if hidden.shape != (count, info.d) or not (np.isfinite(hidden).all() and np.isfinite(logp).all()):
         raise ScoreError(
-            f"score sent hidden states of shape {list(hidden.shape)}, or not finite; wanted [{count}, {info.d}]"
+            f"score sent keys of shape {list(hidden.shape)} or not finite numbers; wanted [{count}, {info.d}]"
         )
-    return _Answer(info, hidden, np.concatenate([logp for _, logp in ordered]))
+    return _Answer(info, hidden, logp)
 
 
 def _rows(part: Part) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
