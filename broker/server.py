@@ -120,7 +120,7 @@ class Server:
         except zmq.Again:
             if self._outbox:
                 self._retry()
-            if not self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+            if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 return
         self._pump_soon()
 

@@ -211,21 +211,25 @@ def _one_line(signature: str) -> str:
 
 
 def _added_docs(path: Path) -> Iterator[_Entry]:
-    """numpy's `add_newdoc(module, name, docs)` calls: docs is a string, an (attribute, string) pair or pairs."""
+    """What numpy attaches by `add_newdoc(module, name, docs)`: a string, an (attribute, string) pair or pairs.
+
+    numpy 2.4 has `_array_method_doc(name, parameters, docs)` beside it.
+    """
     tree = _parse(path)
     for node in ast.walk(tree) if tree else ():
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "add_newdoc"):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) == 3):
             continue
-        module, owner = (_literal(argument) for argument in node.args[:2])
-        if not module or not owner:
-            continue
-        name = f"{_public_numpy(module)}.{owner}"
-        docs = node.args[2]
-        for item in docs.elts if isinstance(docs, ast.List) else [docs]:
-            if isinstance(item, ast.Tuple) and len(item.elts) == 2:
-                yield _added(f"{name}.{_literal(item.elts[0])}", _literal(item.elts[1]))
-            else:
-                yield _added(name, _literal(item))
+        first, second, docs = _literal(node.args[0]), _literal(node.args[1]), node.args[2]
+        if node.func.id == "_array_method_doc":
+            name = f"numpy.ndarray.{first}"
+            yield _Entry(name, f"{name}({second})", _clean(inspect.cleandoc(_literal(docs))))
+        elif node.func.id == "add_newdoc" and first and second:
+            name = f"{_public_numpy(first)}.{second}"
+            for item in docs.elts if isinstance(docs, ast.List) else [docs]:
+                if isinstance(item, ast.Tuple) and len(item.elts) == 2:
+                    yield _added(f"{name}.{_literal(item.elts[0])}", _literal(item.elts[1]))
+                else:
+                    yield _added(name, _literal(item))
 
 
 def _added(name: str, doc: str) -> _Entry:

@@ -36,9 +36,9 @@ class Settings:
     heads: int = 4
     kv_heads: int = 2
     context: int = 512
-    batch_rows: int = 16
+    batch_rows: int = 4
     learning_rate: float = 3e-3
-    warmup_steps: int = 60
+    warmup_steps: int = 100
     weight_decay: float = 0.1
     dropout: float = 0.1
     gradient_norm: float = 1.0

@@ -32,8 +32,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[list[int]]:
     """Token ids of each document, the end-of-text token in front: a model needs something to start from."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    return [[end, *found.ids] for found in tokenizer.encode_batch([document.text for document in documents])]
+    end = tokenizer.encode(END_OF_TEXT).ids
+    return [[*end, *found.ids] for found in tokenizer.encode_batch([document.text for document in documents])]
 
 
 def rows(texts: Sequence[Sequence[int]], length: int, order: random.Random | None = None) -> list[list[int]]:

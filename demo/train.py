@@ -115,7 +115,7 @@ def export(run: Run, data: Data, out: Path) -> dict[str, Any]:
     config["rope_theta"] = config.get("rope_theta", 10000.0)  # readers before transformers 5 look for it here
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     data.tokenizer.save(str(out / "tokenizer.json"))
-    marks = {"bos_token": tokens.END_OF_TEXT, "eos_token": tokens.END_OF_TEXT}
+    marks: dict[str, Any] = {"bos_token": tokens.END_OF_TEXT, "eos_token": tokens.END_OF_TEXT}
     marks |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": run.settings.context}
     (out / "tokenizer_config.json").write_text(json.dumps(marks, indent=2) + "\n")
     fresh.float().load_state_dict(load_file(out / "model.safetensors"), strict=False)
@@ -154,10 +154,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="instead of --minutes: optimizer steps in all")
     parser.add_argument("--decay-steps", type=int, default=0, help="the last part of --steps")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument("--batch-rows", type=int, default=Settings.batch_rows, help="rows of one context per step")
-    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
-    parser.add_argument("--dropout", type=float, default=Settings.dropout)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--state", type=Path, default=Path(".cache/train"), help="folder of the state to resume from")
     parser.add_argument("--resume", action="store_true", help="go on from the saved state")
     parser.add_argument("--evaluate-every", type=int, default=100, help="steps between held-out figures")
@@ -190,12 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     torch.set_num_threads(options.threads)
-    settings = Settings(
-        seed=options.seed,
-        batch_rows=options.batch_rows,
-        learning_rate=options.learning_rate,
-        dropout=options.dropout,
-    )
+    settings = Settings(seed=options.seed)
     length = Length(options.steps, options.decay_steps, options.minutes, options.decay_minutes)
     stops: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):

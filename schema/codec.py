@@ -1,13 +1,14 @@
 """Messages to frames and back. `decode` is total: a message, or Malformed; never another exception."""
 
-from collections.abc import Hashable, Sequence
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, get_type_hints
 
 import msgpack
 
-from .checks import Check, Field
+from .checks import Check, Field, identifier
 from .errors import Malformed
 from .frame import BODY_APART, LENGTHS, PREFIX, Prefix, read_prefix, sections
 from .limits import (
@@ -15,6 +16,8 @@ from .limits import (
     HEAD,
     MAX_BODY,
     MAX_BODY_INLINE,
+    MAX_CONTAINERS,
+    MAX_ENTRIES,
     MAX_FRAMES,
     MAX_MESSAGE,
     MAX_ROUTING,
@@ -31,7 +34,7 @@ _Plan = tuple[list[tuple[str, Check, bool]], list[tuple[str, Check, bool]], bool
 
 
 @cache
-def plan(cls: Hashable) -> _Plan:
+def plan(cls: Any) -> _Plan:
     """Routing fields, body fields (name, check, required) of a message class, and whether it carries tensors."""
     hints = get_type_hints(cls, include_extras=True)
     routing: list[tuple[str, Check, bool]] = []
@@ -57,25 +60,36 @@ def encode(
     """Frames of a message: bytes for frame 0, then raw buffers that share memory with the tensors.
 
     Args:
-        message: one of the classes in KINDS; its tensors may be numpy arrays, torch tensors or Tensors.
+        message: one of the classes in KINDS; its tensors may be numpy arrays, torch tensors or Tensors. They must not
+            change before the frames are sent.
+        sequence: wraps at 2^16.
         deadline: ms left, 0 for none.
 
     Raises:
         Malformed: a field, the body or the tensors are more than a message may hold, or of a type that cannot travel.
     """
-    cls = type(message)
+    cls: Any = type(message)
+    if cls not in CODES:
+        raise Malformed(f"a {cls.__name__} is no message: use one of {', '.join(kind.__name__ for kind in CODES)}")
     routing_fields, body_fields, _ = plan(cls)
-    routing = _packed([getattr(message, name) for name, _, _ in routing_fields], "routing", MAX_ROUTING)
-    values = {name: getattr(message, name) for name, _, _ in body_fields}
+    routing = _packed(
+        [_checked(name, check, getattr(message, name)) for name, check, _ in routing_fields], "routing", MAX_ROUTING
+    )
+    values = {name: _checked(name, check, getattr(message, name)) for name, check, _ in body_fields}
     inline, frames, descriptors = _lay_out(getattr(message, TENSORS, ()))
     if descriptors:
         values[TENSORS] = descriptors
     body = _packed(values, "body", MAX_BODY) if values else b""
+    flags &= ~BODY_APART
     if len(body) > MAX_BODY_INLINE:
         flags |= BODY_APART
         frames.insert(0, body)
         body = b""
-    prefix = PREFIX.pack(VERSION, CODES[cls], flags, attempt, sequence & 0xFFFF, epoch, id, deadline)
+    _checked("id", identifier, id)
+    try:
+        prefix = PREFIX.pack(VERSION, CODES[cls], flags, attempt, sequence & 0xFFFF, epoch, id, deadline)
+    except struct.error as error:
+        raise Malformed(f"a field of the prefix is out of range: {error}") from None
     head = prefix + LENGTHS.pack(len(routing), len(body)) + routing + body
     if inline:
         head += bytes(-len(head) % ALIGNMENT) + b"".join(inline)
@@ -88,26 +102,25 @@ def encode(
 
 
 def decode(frames: Sequence[Any]) -> tuple[Prefix, Any]:
-    """Prefix and message of received frames (bytes-like); tensors are views into the frames.
+    """Prefix and message of received frames (bytes, memoryviews, zmq Frames); tensors are views into the frames.
 
     Raises:
         Malformed: whatever is wrong with them.
     """
     if not 1 <= len(frames) <= MAX_FRAMES:
         raise Malformed(f"{len(frames)} frames, expected 1 to {MAX_FRAMES}")
-    prefix = read_prefix(frames[0])
-    cls = KINDS.get(prefix.kind)
+    head, *rest = _views(frames)
+    prefix = read_prefix(head)
+    cls: Any = KINDS.get(prefix.kind)
     if cls is None:
         raise Malformed(f"unknown message kind {prefix.kind}: the other side may be newer")
-    routing_end, body_end = sections(frames[0])
-    head = memoryview(frames[0])
+    routing_end, body_end = sections(head)
     routing_fields, body_fields, has_tensors = plan(cls)
     values = _routing_values(unpacked(head[HEAD:routing_end]), routing_fields)
-    rest = list(frames[1:])
     body: Any = {}
     if prefix.flags & BODY_APART:
-        if not rest or len(rest[0]) > MAX_BODY:
-            raise Malformed(f"the body's own frame is missing or longer than {MAX_BODY} bytes")
+        if not rest or len(rest[0]) > MAX_BODY or body_end > routing_end:
+            raise Malformed(f"the body's own frame is missing, longer than {MAX_BODY} bytes, or not the only body")
         body = unpacked(rest.pop(0))
     elif body_end > routing_end:
         body = unpacked(head[routing_end:body_end])
@@ -143,22 +156,46 @@ def unpacked(data: Any) -> Any:
     """One msgpack value under this protocol's limits.
 
     Raises:
-        Malformed: not exactly one value, too long, or of an extension type.
+        Malformed: not exactly one value, too large, with keys that are no text, or of an extension type.
     """
+    raw = bytes(data)
+    size = len(raw)
+    count = _counter() if size > MAX_BODY_INLINE else None
     try:
+        # An array costs 8 bytes an entry as soon as it is claimed, and claims nest a thousand deep. Where there may be
+        # more than a few long arrays, a walk that builds nothing comes first: it fails unless every entry is there.
+        if raw.count(b"\xdc") + raw.count(b"\xdd") > 8:
+            walk = msgpack.Unpacker(max_buffer_size=size)
+            walk.feed(raw)
+            walk.skip()
         return msgpack.unpackb(
-            data,
-            max_str_len=MAX_BODY,
-            max_bin_len=MAX_BODY,
-            max_array_len=65_536,
-            max_map_len=4_096,
+            raw,
+            max_str_len=size,
+            max_bin_len=size,
+            max_array_len=min(size, MAX_ENTRIES),
+            max_map_len=min(size, MAX_ENTRIES),
             max_ext_len=0,
             ext_hook=_no_extension,
+            list_hook=count,
+            object_hook=count,
         )
     except Malformed:
         raise
     except Exception as error:  # msgpack raises a dozen types for bad bytes; each means the same here
-        raise Malformed(f"a section is not msgpack within the limits ({type(error).__name__})") from None
+        raise Malformed(f"not msgpack within the limits: {str(error)[:80] or type(error).__name__}") from None
+
+
+def _counter() -> Callable[[Any], Any]:
+    left = MAX_CONTAINERS
+
+    def count(container: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Malformed(f"more than {MAX_CONTAINERS} lists and maps: send tensors instead")
+        return container
+
+    return count
 
 
 def _no_extension(code: int, data: bytes) -> Any:
@@ -166,13 +203,28 @@ def _no_extension(code: int, data: bytes) -> Any:
 
 
 def _packed(value: Any, section: str, most: int) -> bytes:
+    """A section's bytes, which the other side will take."""
     try:
-        data: bytes = msgpack.packb(value)
-    except (TypeError, ValueError, OverflowError) as error:
+        data: bytes = msgpack.packb(value, default=_not_packed)
+    except Malformed:
+        raise
+    except Exception as error:  # msgpack and the buffers in a body raise a dozen types
         raise Malformed(f"the {section} cannot travel: {error}") from None
     if len(data) > most:
-        raise Malformed(f"the {section} has {len(data)} bytes, at most {most} may travel: send tensors instead")
+        advice = "send tensors instead" if section == "body" else "use shorter and fewer names"
+        raise Malformed(f"the {section} has {len(data)} bytes, at most {most} may travel: {advice}")
+    try:
+        unpacked(data)
+    except Malformed as error:
+        raise Malformed(f"the {section} cannot travel: {error.message}") from None
     return data
+
+
+def _not_packed(value: Any) -> Any:
+    name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    if hasattr(value, "dtype"):
+        raise Malformed(f"a {name} cannot travel in a body: convert a number with .item(), pass an array as a tensor")
+    raise Malformed(f"a {name} cannot travel in a body: use text, numbers, bytes, lists and maps")
 
 
 def _lay_out(tensors: Sequence[Any]) -> tuple[list[Any], list[Any], list[list[Any]]]:
@@ -180,9 +232,16 @@ def _lay_out(tensors: Sequence[Any]) -> tuple[list[Any], list[Any], list[list[An
     inline: list[Any] = []
     frames: list[Any] = []
     descriptors: list[list[Any]] = []
-    used = 0
+    used = total = 0
+    if not isinstance(tensors, list | tuple):
+        raise Malformed(f"tensors must be a list, got one {type(tensors).__name__}: put it into [ ]")
+    if len(tensors) > MAX_TENSORS:
+        raise Malformed(f"{len(tensors)} tensors, a message has at most {MAX_TENSORS}: join them")
     for tensor in map(tensor_of, tensors):
         size = tensor.nbytes
+        total += size
+        if total > MAX_MESSAGE:  # before more of them are made contiguous, which may copy
+            raise Malformed(f"tensors of more than {MAX_MESSAGE} bytes in one message: send them in parts")
         if used + size <= MAX_TENSORS_INLINE:
             descriptors.append([tensor.dtype, list(tensor.shape), used])
             padding = -size % ALIGNMENT
@@ -191,29 +250,46 @@ def _lay_out(tensors: Sequence[Any]) -> tuple[list[Any], list[Any], list[list[An
         else:
             frames.append(tensor.buffer)
             descriptors.append([tensor.dtype, list(tensor.shape), -len(frames)])
-    if len(descriptors) > MAX_TENSORS:
-        raise Malformed(f"{len(descriptors)} tensors, a message has at most {MAX_TENSORS}")
     return inline, frames, descriptors
 
 
-def _tensors(descriptors: Any, inline: memoryview, frames: list[Any]) -> tuple[Tensor, ...]:
+def _views(frames: Sequence[Any]) -> list[memoryview]:
+    """The frames as flat bytes."""
+    try:
+        views = [memoryview(frame) for frame in frames]
+        views = [view.cast("B") if view.nbytes else memoryview(b"") for view in views]
+    except TypeError as error:
+        raise Malformed(f"a frame is no plain buffer: {error}") from None
+    size = sum([len(view) for view in views])
+    if size > MAX_MESSAGE:
+        raise Malformed(f"{size} bytes, a message has at most {MAX_MESSAGE}")
+    return views
+
+
+def _tensors(descriptors: Any, inline: memoryview, frames: list[memoryview]) -> tuple[Tensor, ...]:
+    """Views of the buffers; each byte belongs to one tensor, so that a small message stays small when copied."""
     if type(descriptors) is not list or len(descriptors) > MAX_TENSORS:
         raise Malformed(f"the tensor descriptors are no list of at most {MAX_TENSORS}")
     found: list[Tensor] = []
+    used = taken = 0
     for entry in descriptors:
         if type(entry) is not list or len(entry) != 3 or type(entry[2]) is not int:
             raise Malformed("a tensor descriptor is not [dtype, shape, place]")
         dtype, shape, place = entry
         size = checked_size(dtype, shape)
         if place < 0:
-            if -place > len(frames) or len(frames[-place - 1]) != size:
-                raise Malformed("a tensor's frame is missing or of another size than its shape says")
-            buffer = memoryview(frames[-place - 1])
+            if -place != taken + 1 or taken == len(frames) or len(frames[taken]) != size:
+                raise Malformed("a tensor's frame is missing, not the next one, or of another size than its shape says")
+            buffer = frames[taken]
+            taken += 1
         else:
-            if place % ALIGNMENT or place + size > len(inline):
-                raise Malformed("an inline tensor does not lie within frame 0")
+            if place < used or place % ALIGNMENT or place + size > len(inline):
+                raise Malformed("an inline tensor does not lie within frame 0 behind the one before it")
             buffer = inline[place : place + size]
+            used = place + size
         found.append(Tensor(dtype, tuple(shape), buffer))
+    if taken < len(frames):
+        raise Malformed(f"{len(frames) - taken} frames belong to no tensor")
     return tuple(found)
 
 

@@ -17,7 +17,8 @@ from .limits import (
 
 PREFIX = struct.Struct("<BBBxHHI16sI")
 ATTEMPT = struct.Struct("<H")  # at byte 4 of the prefix
-DEADLINE = struct.Struct("<I")  # at byte 28 of the prefix
+EPOCH = struct.Struct("<I")  # at byte 8
+DEADLINE = struct.Struct("<I")  # at byte 28
 LENGTHS = struct.Struct("<HH")
 
 BODY_APART = 1  # flag: the body is frame 1
@@ -55,9 +56,7 @@ def read_prefix(head: Any) -> Prefix:
         raise Malformed(f"frame 0 has {size} bytes, expected {HEAD} to {MAX_FRAME_0}")
     prefix = Prefix._make(PREFIX.unpack_from(head))
     if prefix.version != VERSION:
-        raise Malformed(
-            f"protocol version {prefix.version}, this side speaks {VERSION}: install one ralmq on both"
-        )
+        raise Malformed(f"protocol version {prefix.version}, this side speaks {VERSION}: install one ralmq on both")
     return prefix
 
 
@@ -75,9 +74,11 @@ def sections(head: Any) -> tuple[int, int]:
     return HEAD + routing, HEAD + routing + body
 
 
-def restamped(head: Any, *, attempt: int, deadline: int) -> bytes:
-    """A copy of frame 0 (bytes-like, already read by `read_prefix`) with another attempt and deadline (ms left)."""
-    copy = bytearray(head)
+def restamped(head: Any, *, attempt: int, deadline: int, epoch: int | None = None) -> bytes:
+    """A copy of frame 0, read before, with another attempt and deadline (ms left), and epoch where one is given."""
+    copy = bytearray(head)  # a zmq Frame cannot be sliced
     ATTEMPT.pack_into(copy, 4, attempt)
     DEADLINE.pack_into(copy, 28, deadline)
+    if epoch is not None:
+        EPOCH.pack_into(copy, 8, epoch)
     return bytes(copy)

@@ -18,10 +18,8 @@ MAX_MESSAGE: Final = 256 * 1024 * 1024
 MAX_TENSORS: Final = 1024
 MAX_DIMS: Final = 8
 
-# What a section of msgpack may unfold to. An array costs 8 bytes for each entry it claims, before any of them is there,
-# and arrays nest a thousand deep; an empty map is one byte here and 64 in memory.
-MAX_ENTRIES: Final = 4096  # of one array or map
-MAX_ENTRIES_ROUTING: Final = 256
+# What a section of msgpack may unfold to: an empty map is one byte here and 64 in memory.
+MAX_ENTRIES: Final = 65_536  # of one array or map
 MAX_CONTAINERS: Final = 32_768  # arrays and maps in one section, counted where it has more than MAX_BODY_INLINE bytes
 
 MAX_NAME: Final = 128  # characters in the name of a service, a model or a worker

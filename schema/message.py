@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from .checks import flag, identifier, in_body, integer, list_of, mapping, maybe, note, routing, text
+from .checks import flag, identifier, in_body, integer, integers, list_of, mapping, maybe, note, routing, text
 from .errors import Malformed
 from .limits import (
     FEATURES,
@@ -95,7 +95,7 @@ def _span(value: Any) -> Span:
 
 
 _SPAN_FIELDS = _tuple_of(Span, NAME, text(64), NUMBER, NUMBER, NUMBER, NUMBER, NUMBER, NUMBER)
-_BLOCKS = list_of(NUMBER, MAX_ROWS)
+_BLOCKS = integers(0, U31, MAX_ROWS)
 _ROW = _tuple_of(Row, identifier, integer(0, MAX_ATTEMPT), NUMBER, NUMBER, _BLOCKS)
 _START = _tuple_of(Start, NUMBER, NUMBER, mapping)
 _RETURN = _tuple_of(Return, identifier, integer(0, MAX_ATTEMPT), integer(-1, U31), flag)

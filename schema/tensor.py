@@ -1,6 +1,5 @@
 """Tensors as they travel: (dtype, shape, buffer). Ducks on numpy and torch objects; imports no torch."""
 
-import ctypes
 import math
 from typing import Any
 
@@ -25,6 +24,7 @@ DTYPES: dict[str, tuple[str, int]] = {
     "u8": ("uint8", 1),
     "bool": ("bool", 1),
 }
+MAX_EXTENT = 1 << 48  # bytes an empty tensor would have with its zeros as ones: numpy and torch overflow beyond 2^63
 _NAMES = {numpy_name: name for name, (numpy_name, _) in DTYPES.items() if name != "bf16"} | {"bfloat16": "bf16"}
 
 
@@ -49,7 +49,7 @@ class Tensor:
         return len(self.buffer)
 
     def numpy(self) -> np.ndarray[Any, Any]:
-        """The values as an array of `shape`: a read-only view, or a copy where the bytes lie misaligned.
+        """The values as a read-only array of `shape`: a view, or a copy where the bytes lie misaligned.
 
         bf16 is widened to float32, which is exact.
         """
@@ -58,7 +58,9 @@ class Tensor:
             flat = flat.copy()
         if self.dtype == "bf16":
             flat = (flat.astype(np.uint32) << 16).view(np.float32)
-        return flat.reshape(self.shape)
+        array = flat.reshape(self.shape)
+        array.flags.writeable = False
+        return array
 
     def __repr__(self) -> str:
         return f"Tensor({self.dtype}, {list(self.shape)})"
@@ -68,10 +70,10 @@ def tensor_of(value: Any) -> Tensor:
     """A numpy array, torch tensor or Tensor as a Tensor; bytes are shared wherever the value is contiguous.
 
     Raises:
-        Malformed: not an array, or of a dtype that does not travel.
+        Malformed: not an array, of a dtype that does not travel, or too large; found before anything is copied.
     """
     if isinstance(value, Tensor):
-        return value
+        return _checked(value)
     if isinstance(value, np.ndarray | np.generic):
         return _from_numpy(np.asarray(value))
     if hasattr(value, "data_ptr") and hasattr(value, "untyped_storage"):
@@ -79,10 +81,24 @@ def tensor_of(value: Any) -> Tensor:
     raise Malformed(f"a {type(value).__name__} is no tensor: pass a numpy array or a torch tensor")
 
 
+def _checked(tensor: Tensor) -> Tensor:
+    """A Tensor that somebody else built, its buffer seen as bytes."""
+    size = checked_size(tensor.dtype, list(tensor.shape))
+    try:
+        view = memoryview(tensor.buffer)
+        buffer = view.cast("B") if view.nbytes else b""
+    except TypeError as error:
+        raise Malformed(f"the buffer of {tensor} cannot travel: {error}") from None
+    if len(buffer) != size:
+        raise Malformed(f"the buffer of {tensor} has {len(buffer)} bytes, its shape says {size}")
+    return Tensor(tensor.dtype, tuple(tensor.shape), buffer)
+
+
 def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
     name = _NAMES.get(array.dtype.name)
     if name is None:
         raise Malformed(f"dtype {array.dtype} does not travel: cast to one of {', '.join(DTYPES)}")
+    checked_size(name, list(array.shape))
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     shape = array.shape  # taken first: ascontiguousarray makes a scalar one-dimensional
@@ -92,17 +108,24 @@ def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
 
 def _from_torch(value: Any) -> Tensor:
     name = _NAMES.get(str(value.dtype).removeprefix("torch."))
-    if name is None or str(value.layout) != "torch.strided":
-        raise Malformed(f"a {value.layout} tensor of {value.dtype} does not travel: cast to one of {', '.join(DTYPES)}")
-    value = value.detach().resolve_neg().cpu().contiguous()
+    if name is None:
+        raise Malformed(f"dtype {value.dtype} does not travel: cast to one of {', '.join(DTYPES)}")
+    if value.is_nested or value.is_meta or str(value.layout) != "torch.strided":
+        raise Malformed("a nested, sparse or meta tensor does not travel: make it a dense one")
     shape = tuple(value.shape)
-    size = value.numel() * value.element_size()
+    size = checked_size(name, list(shape))
     if not size:
         return Tensor(name, shape, b"")
-    # read the storage directly: numpy knows no bf16, and the array keeps the tensor alive
-    memory = (ctypes.c_char * size).from_address(value.data_ptr())
-    memory.owner = value
-    return Tensor(name, shape, memoryview(memory).cast("B"))
+    value = value.detach().resolve_neg().cpu().contiguous()
+    return Tensor(name, shape, np.asarray(_Memory(value, size)).data)
+
+
+class _Memory:
+    """The bytes of a contiguous torch tensor for numpy, which knows no bf16; the array made of it keeps it alive."""
+
+    def __init__(self, owner: Any, size: int) -> None:
+        self.owner = owner
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (owner.data_ptr(), False)}
 
 
 def checked_size(dtype: Any, shape: Any) -> int:
@@ -112,12 +135,15 @@ def checked_size(dtype: Any, shape: Any) -> int:
         Malformed: unknown dtype, too many or negative dimensions, or more bytes than a message may have.
     """
     if type(dtype) is not str or dtype not in DTYPES:
-        raise Malformed("a tensor has an unknown dtype")
+        raise Malformed(f"a tensor has an unknown dtype: use one of {', '.join(DTYPES)}")
     if type(shape) is not list or len(shape) > MAX_DIMS:
-        raise Malformed(f"a tensor must have at most {MAX_DIMS} dimensions")
+        raise Malformed(f"a tensor must have at most {MAX_DIMS} dimensions: reshape it")
     if not all(type(size) is int and 0 <= size <= MAX_MESSAGE for size in shape):
-        raise Malformed("a tensor has a dimension out of range")
-    size = math.prod(shape) * DTYPES[dtype][1]
-    if size > MAX_MESSAGE:
-        raise Malformed(f"a tensor has {size} bytes, more than the {MAX_MESSAGE} of a message")
+        raise Malformed(f"a tensor has a dimension that is not between 0 and {MAX_MESSAGE}")
+    itemsize = DTYPES[dtype][1]
+    size = math.prod(shape) * itemsize
+    if size > MAX_MESSAGE or math.prod([n or 1 for n in shape]) * itemsize > MAX_EXTENT:
+        raise Malformed(
+            f"a tensor of shape {shape} is more than the {MAX_MESSAGE} bytes of a message: send it in parts"
+        )
     return size

@@ -12,7 +12,7 @@ from checkpoints import CONTEXT, FAMILIES, HIDDEN, VOCAB, tiny_model
 from ralmq.workers.engine.checkpoint import Checkpoint
 from ralmq.workers.engine.span import Row, Span
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 BOUND = 1e-4
 Made = tuple[Path, PreTrainedModel]
@@ -210,6 +210,7 @@ def test_head_gives_the_wanted_rows_as_fp32(make: Make) -> None:
     assert logits.dtype == torch.float32 and logits.shape == (9, VOCAB)
     for want in ([8, 2], torch.tensor([8, 2])):
         assert torch.allclose(span.head(hidden, want), logits[[8, 2]], atol=0.02)
+    assert span.head(hidden, []).shape == (0, VOCAB)
 
 
 def test_forward_leaves_its_input_alone(make: Make) -> None:
@@ -235,11 +236,12 @@ def test_half_precision_stays_near(make: Make, family: str, dtype: str) -> None:
 
 
 def test_a_half_precision_checkpoint_is_cast_when_loaded(tmp_path: Path) -> None:
-    model = tiny_model("llama").half()
-    model.save_pretrained(tmp_path)
+    tiny_model("llama").half().save_pretrained(tmp_path)
+    assert Checkpoint(tmp_path).entry("model.norm.weight").dtype == "F16"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = random_ids(20)
     got = Chain(tmp_path, 2).decode(ids, 20, [0, 1])
-    assert (got - reference(model.float(), ids)).abs().max() < BOUND
+    assert (got - reference(model, ids)).abs().max() < BOUND
 
 
 def test_int32_ids_serve(make: Make) -> None:
@@ -294,9 +296,8 @@ def test_the_shards_of_other_spans_need_not_be_there(tmp_path: Path) -> None:
     assert len(others) >= 2
     for shard in others:
         shard.unlink()
-    assert torch.equal(
-        Span.load(tmp_path, 2, 4, blocks=1).forward(rows, hidden), expected.spans[1].forward(rows, hidden)
-    )
+    alone = Span.load(tmp_path, 2, 4, blocks=1)
+    assert torch.equal(alone.forward(rows, hidden), expected.spans[1].forward(rows, hidden))
     with pytest.raises(ValueError, match="no such file"):
         Span.load(tmp_path, 0, 2, blocks=1)
 

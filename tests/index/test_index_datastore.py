@@ -20,7 +20,7 @@ from ralmq.workers.index.sources import Document, SourceError
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.stream import TokenStream
 from ralmq.workers.index.tokenized import tokenize
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 RNG = np.random.default_rng(5)
 LENGTHS = (40, 1, 7, 16, 17, 0, 33)
@@ -96,6 +96,12 @@ def test_max_tokens_cuts_the_last_document(scorer: Scorer, words: Tokenizer) -> 
             tokenize(documents, words, most)
 
 
+def test_no_special_token_enters_the_stream(words: Tokenizer) -> None:
+    words.post_processor = processors.TemplateProcessing(single="w49 $A w48", special_tokens=[("w49", 49), ("w48", 48)])
+    assert words.encode("w1 w2").ids == [49, 1, 2, 48]
+    assert tokenize([Document("x", "w1 w2")], words).stream.tokens.tolist() == [1, 2]
+
+
 def test_bytes_are_those_of_the_predicted_tokens() -> None:
     """A byte-level tokenizer over a text whose characters take one to four bytes: every byte is one token."""
     alphabet = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -133,10 +139,11 @@ def renumber(part: Part) -> Part:
         (drop(10), "do not cover them"),
         (lambda part: None if "fingerprint" in part.body else part, "no summary"),
         (renumber, "position 0 twice"),
+        (lambda part: Part({"position": [0]}, (np.zeros((1, 4), np.float32), np.zeros(1, np.float32))), "is no number"),
         (tensors(lambda hidden, logp: (hidden,)), "1 tensors in a part"),
         (tensors(lambda hidden, logp: (hidden, logp[:-1])), "in a part"),
         (tensors(lambda hidden, logp: (hidden.astype(np.float64), logp)), "score sent float64"),
-        (tensors(lambda hidden, logp: (hidden[:, :3].copy(), logp)), "keys of shape"),
+        (tensors(lambda hidden, logp: (hidden[:, :3].copy(), logp)), "keys of another width"),
         (tensors(lambda hidden, logp: (hidden * np.float32(np.nan), logp)), "not finite"),
         (tensors(lambda hidden, logp: (hidden, logp * np.float32(np.nan))), "not finite"),
         (body(d=0), "summary that lacks"),

@@ -143,10 +143,11 @@ def test_the_kind_of_index_follows_its_size() -> None:
     ]
 
 
-def test_the_seed_fixes_the_index(build: Build) -> None:
+@pytest.mark.parametrize("lists", [10, 60])  # trained on a sample, and on all
+def test_the_seed_fixes_the_index(build: Build, lists: int) -> None:
     vectors = np.random.default_rng(3).normal(size=(2000, 4)).astype(np.float32)
     stream = TokenStream(np.zeros(2001, np.int32), ("a",), np.array([0]))
-    given: dict[str, Any] = {"vectors": vectors, "stream": stream, "entries": stream.entries(), "factory": "IVF10,Flat"}
+    given = {"vectors": vectors, "stream": stream, "entries": stream.entries(), "factory": f"IVF{lists},Flat"}
     files = [contents(build(f"n{place}", **given, seed=seed))["index.faiss"] for place, seed in enumerate((1, 1, 2))]
     assert files[0] == files[1] != files[2]
 

@@ -152,5 +152,5 @@ class Span:
         if self.final_norm is None or self.output is None:
             raise ValueError(f"layers {self.first}:{self.last} hold no head; only the last span has it")
         if want is not None:
-            hidden = hidden[torch.as_tensor(want, device=hidden.device)]
+            hidden = hidden[torch.as_tensor(want, dtype=torch.long, device=hidden.device)]
         return self.output(self.final_norm(hidden)).float()

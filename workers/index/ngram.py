@@ -34,7 +34,7 @@ class _Counts:
         """(count + kinds * lower) / (total + kinds): Witten-Bell; an unseen history (or one below 0) gives `lower`."""
         total = _at(self.histories, self.totals, history)
         kinds = _at(self.histories, self.kinds, history)
-        count = np.where(history < 0, 0, _at(self.pairs, self.counts, history * self.vocab + targets))
+        count = _at(self.pairs, self.counts, history * self.vocab + targets)
         seen = total + kinds
         p: NDArray[np.float64] = np.divide(count + kinds * lower, seen, out=lower.copy(), where=seen > 0)
         return p

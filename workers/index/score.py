@@ -166,8 +166,8 @@ async def _ask(client: Asker, model: str, ids: NDArray[np.int32]) -> _Answer:
     async for part in parts:
         if "position" in part.body:
             position, rows = part.body["position"], _rows(part)
-            if position in chunks:
-                raise ScoreError(f"score sent position {position} twice")
+            if type(position) is not int or position in chunks:
+                raise ScoreError(f"score sent position {position!r} twice, or it is no number")
             chunks[position] = rows
         if "fingerprint" in part.body:
             info = _info(part.body)
@@ -175,11 +175,11 @@ async def _ask(client: Asker, model: str, ids: NDArray[np.int32]) -> _Answer:
     reached = np.cumsum([0, *(len(logp) for _, logp in ordered)])
     if info is None or sorted(chunks) != reached[:-1].tolist() or reached[-1] != count:
         raise ScoreError(f"score of {count} tokens ended with {reached[-1]} rows that do not cover them, or no summary")
+    if any(hidden.shape[1] != info.d for hidden, _ in ordered):
+        raise ScoreError(f"score sent keys of another width than the {info.d} it says the model has")
     hidden, logp = (np.concatenate(list(arrays)) for arrays in zip(*ordered, strict=True))
-    if hidden.shape != (count, info.d) or not (np.isfinite(hidden).all() and np.isfinite(logp).all()):
-        raise ScoreError(
-            f"score sent keys of shape {list(hidden.shape)} or not finite numbers; wanted [{count}, {info.d}]"
-        )
+    if not (np.isfinite(hidden).all() and np.isfinite(logp).all()):
+        raise ScoreError("score sent numbers that are not finite; the model's weights may be damaged")
     return _Answer(info, hidden, logp)
 
 

@@ -1,0 +1,234 @@
+"""The asynchronous API: connect, request, stream, generate, search, status. Knows service names, no transport."""
+
+import asyncio
+import random
+from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+
+from ..schema.errors import Busy
+from ..schema.message import Final, Hello, Partial
+from .generation import Generation, generation_request
+from .link import Link
+from .pending import WINDOW, Pending
+from .results import Hits, Reply
+from .search import hits_of, search_request
+
+REQUEST_DEADLINE = 30.0  # seconds
+GENERATION_DEADLINE = 600.0
+
+
+def connect(url: str, *, wait: float = 5.0, name: str = "client", context: zmq.Context[Any] | None = None) -> "Client":
+    """A client of the broker at `url`; opened by `async with`.
+
+    Args:
+        url: tcp://host:port, ipc://path or inproc://name.
+        wait: seconds to wait for the broker.
+    """
+    return Client(Link(url, Hello(bytes(16), name), context=context), wait)
+
+
+class Stream:
+    """Parts of an answer as they come; iterate with `async for`. Leaving early, or `aclose`, cancels the request.
+
+    Attributes:
+        final: the body and tensors that ended it, once it has ended.
+    """
+
+    def __init__(self, link: Link, pending: Pending) -> None:
+        self._link = link
+        self._pending = pending
+        self.final: Reply | None = None
+
+    @property
+    def id(self) -> bytes:
+        return self._pending.id
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Reply:
+        if self.final is not None:
+            raise StopAsyncIteration
+        try:
+            part = await self._pending.next()
+        except BaseException:
+            await self.aclose()
+            raise
+        reply = Reply(part.body, tuple(part.tensors))
+        if isinstance(part, Partial):
+            return reply
+        self.final = reply
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Gives the request up where it has not ended."""
+        self._link.cancel(self._pending)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if not self._pending.ended:  # an `async for` that was left by break: nobody can read on
+            self._link.cancel(self._pending)
+
+
+class Client:
+    """Asks services by name. Every call takes `deadline` (seconds) and ends by then, with an answer or an error."""
+
+    def __init__(self, link: Link, wait: float) -> None:
+        self._link = link
+        self._wait = wait
+
+    async def __aenter__(self) -> Self:
+        await self._link.open(self._wait)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._link.close()
+
+    async def request(
+        self,
+        service: str,
+        body: dict[str, Any] | None = None,
+        *,
+        tensors: Sequence[Any] = (),
+        deadline: float = REQUEST_DEADLINE,
+        priority: int = 4,
+        wait_service: float = 0.0,
+        retries: int = 0,
+        parent: bytes | None = None,
+    ) -> Reply:
+        """One request, one reply.
+
+        Args:
+            body: what msgpack holds: text keys, numbers, text, bytes, lists, maps.
+            tensors: numpy arrays or torch tensors.
+            priority: 0 to 9, higher first.
+            wait_service: seconds to wait for a service that nobody offers yet.
+            retries: resends after Busy, each after the time that the broker computed.
+            parent: the request on whose behalf this one asks: its end and its deadline end this one too.
+
+        Raises:
+            RalmqError: one class per cause, see ralmq.errors.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + deadline
+        while True:
+            pending = self._link.ask(
+                service,
+                body,
+                tensors,
+                deadline=max(0.001, end - loop.time()),
+                priority=priority,
+                parent=parent,
+                wait_service=wait_service,
+            )
+            try:
+                while not isinstance(part := await pending.next(), Final):
+                    pass  # a service that streams, asked for its end alone
+                return Reply(part.body, tuple(part.tensors))
+            except Busy as busy:
+                if not retries or loop.time() + busy.retry_after >= end:
+                    raise
+                retries -= 1
+                await asyncio.sleep(busy.retry_after * random.uniform(1.0, 1.1))
+            finally:
+                self._link.cancel(pending)
+
+    def stream(
+        self,
+        service: str,
+        body: dict[str, Any] | None = None,
+        *,
+        tensors: Sequence[Any] = (),
+        deadline: float = REQUEST_DEADLINE,
+        priority: int = 4,
+        wait_service: float = 0.0,
+        parent: bytes | None = None,
+        window: int = WINDOW,
+    ) -> Stream:
+        """One request, many parts: `async for part in client.stream(...)`.
+
+        Args:
+            window: parts that may be under way; a reader that is slow pauses its own stream alone.
+        """
+        pending = self._link.ask(
+            service,
+            body,
+            tensors,
+            deadline=deadline,
+            priority=priority,
+            window=window,
+            parent=parent,
+            wait_service=wait_service,
+        )
+        return Stream(self._link, pending)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        model: str,
+        deadline: float = GENERATION_DEADLINE,
+        wait_service: float = 0.0,
+        priority: int = 4,
+        **options: Any,
+    ) -> Generation:
+        """Text from a prompt (text or token ids): `async for token in client.generate(...)`.
+
+        Args:
+            model: which model; the service is generate:<model>.
+            **options: max_tokens, temperature (0 = greedy), top_k, top_p, seed, stop, ignore_eos, logprobs, and for
+                retrieval: retrieve (name of the index), policy, interval, staleness, k, nprobe, knn_lambda,
+                knn_temperature. See generation.DEFAULTS.
+
+        Raises:
+            TypeError: an option that does not exist.
+        """
+        body, tensors = generation_request(prompt, options)
+        stream = self.stream(
+            f"generate:{model}",
+            body,
+            tensors=tensors,
+            deadline=deadline,
+            wait_service=wait_service,
+            priority=priority,
+        )
+        return Generation(stream)
+
+    async def search(
+        self,
+        index: str,
+        query: Any,
+        *,
+        k: int = 10,
+        nprobe: int | None = None,
+        deadline: float = REQUEST_DEADLINE,
+        wait_service: float = 0.0,
+        retries: int = 0,
+    ) -> Hits:
+        """Nearest neighbours of vectors in an index.
+
+        Args:
+            query: float32 [queries, d] or [d]; or text, encoded by the index's own model.
+            nprobe: lists of an IVF index to look at; None for the index's own default.
+        """
+        ask = partial(self.request, deadline=deadline, wait_service=wait_service, retries=retries)
+        if isinstance(query, str):
+            info = (await ask(f"search:{index}", {"info": True})).body
+            query = (await ask(f"embed:{info['model']}", {"texts": [query]})).tensors[0].numpy()
+        body, tensors = search_request(query, k, nprobe)
+        return hits_of(await ask(f"search:{index}", body, tensors=tensors))
+
+    async def status(self, *, deadline: float = REQUEST_DEADLINE) -> dict[str, Any]:
+        """Broker, workers, services and pipelines, as plain data."""
+        return (await self.request("ralmq.status", deadline=deadline)).body

@@ -1,0 +1,90 @@
+"""The asking side of `generate:<model>`: options in, tokens out. Knows the body's fields, no tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import numpy as np
+
+from .results import Token
+
+if TYPE_CHECKING:
+    from .client import Stream
+
+# The options of a generation and what they are where not given; the generator checks their values.
+DEFAULTS: Final[dict[str, Any]] = {
+    "max_tokens": 64,
+    "temperature": 0.0,  # 0: greedy
+    "top_k": 0,  # 0: all
+    "top_p": 1.0,
+    "seed": None,  # None: drawn by the generator, and told in the usage
+    "stop": (),  # strings that end the text; they are not part of it
+    "ignore_eos": False,
+    "logprobs": False,
+    "retrieve": None,  # name of an index
+    "policy": "knn",
+    "interval": 1,  # a retrieval each so many tokens
+    "staleness": 0,  # use the answer to the query of so many positions ago
+    "k": 8,
+    "nprobe": None,
+    "knn_lambda": 0.25,
+    "knn_temperature": 10.0,
+}
+
+
+def generation_request(prompt: str | Sequence[int], options: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """Body and tensors of the request; token ids travel as an int32 tensor.
+
+    Raises:
+        TypeError: an option that does not exist.
+    """
+    for name in options:
+        if name not in DEFAULTS:
+            raise TypeError(f"generate() has no option {name!r}: there are {', '.join(DEFAULTS)}")
+    body = {name: value for name, value in options.items() if value is not None}
+    if isinstance(prompt, str):
+        return {**body, "prompt": prompt}, []
+    return body, [np.asarray(prompt, dtype=np.int32)]
+
+
+class Generation:
+    """Tokens as they are generated. Leaving the loop early cancels the generation on every worker.
+
+    Attributes (after the end):
+        finish_reason: "stop" (end of text, or a stop string) or "length".
+        usage: prompt_tokens, completion_tokens, seed, and what retrieval asked for.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._tail = False
+        self.finish_reason = ""
+        self.usage: dict[str, Any] = {}
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Token:
+        if self._tail:
+            raise StopAsyncIteration
+        try:
+            body = (await self._stream.__anext__()).body
+        except StopAsyncIteration:
+            return self._end()
+        passages = tuple(body.get("passages", ()))
+        return Token(body["text"], body["token"], body["position"], body.get("logprob"), passages)
+
+    async def aclose(self) -> None:
+        """Gives the generation up where it has not ended."""
+        await self._stream.aclose()
+
+    def _end(self) -> Token:
+        """Text held back until the end comes as one last token of id -1."""
+        self._tail = True
+        body = self._stream.final.body if self._stream.final is not None else {}
+        self.finish_reason = body.get("finish_reason", "")
+        self.usage = body.get("usage", {})
+        if body.get("text"):
+            return Token(body["text"], -1, body.get("position", -1))
+        raise StopAsyncIteration

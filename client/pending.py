@@ -1,0 +1,86 @@
+"""One request under way, seen from the asker: its parts in order, each once, and its end."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from ..schema.errors import RalmqError, error_of
+from ..schema.frame import Prefix
+from ..schema.message import Error, Final, Partial
+
+WINDOW = 64  # parts that may be on their way to a reader
+
+
+class Pending:
+    """What the link knows of a request that has not ended.
+
+    Attributes:
+        frames: as sent, kept so that the request can be sent again after the broker came back.
+        sent: how often it was sent; attempt = sent - 1.
+        deadline: loop time at which it must have ended.
+    """
+
+    def __init__(self, identity: bytes, frames: list[Any], deadline: float, window: int) -> None:
+        self.id = identity
+        self.frames = frames
+        self.deadline = deadline
+        self.window = window
+        self.sent = 0
+        self.ended = False
+        self.timer: asyncio.TimerHandle | None = None
+        self.grant: Callable[[int], None] | None = None
+        self._parts: deque[Partial | Final | RalmqError] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._received = 0  # sequence number of the next part, over all attempts
+        self._taken = 0
+        self._granted = window
+
+    @property
+    def attempt(self) -> int:
+        return self.sent - 1
+
+    def take(self, prefix: Prefix, message: Partial | Final | Error) -> None:
+        """An answer came. Parts seen before (sent again by another worker) and older attempts are passed over."""
+        if prefix.attempt != self.attempt or self.ended:
+            return
+        if isinstance(message, Error):
+            after = message.retry_after_ms / 1000
+            self.end(error_of(message.code, message.message, request_id=self.id, retry_after=after))
+        elif isinstance(message, Final):
+            self.end(message)
+        elif (prefix.sequence - self._received) & 0xFFFF < 0x8000:
+            self._received = prefix.sequence + 1
+            self._put(message)
+
+    def end(self, outcome: Final | RalmqError) -> None:
+        """The end, from the broker or from this side; the first one counts."""
+        if not self.ended:
+            self.ended = True
+            if self.timer is not None:
+                self.timer.cancel()
+            self._put(outcome)
+
+    async def next(self) -> Partial | Final:
+        """The next part, or the end.
+
+        Raises:
+            RalmqError: the request failed.
+        """
+        while not self._parts:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        part = self._parts.popleft()
+        if isinstance(part, RalmqError):
+            raise part
+        if isinstance(part, Partial) and self.window:
+            self._taken += 1
+            if self._taken + self.window - self._granted >= max(1, self.window // 2) and self.grant is not None:
+                self._granted = self._taken + self.window
+                self.grant(self._granted)
+        return part
+
+    def _put(self, part: Partial | Final | RalmqError) -> None:
+        self._parts.append(part)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,0 +1,52 @@
+"""What the calls of the client return. Plain data."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..schema.tensor import Tensor
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to a request, or one part of a stream: a map, and tensors (`.numpy()` gives arrays)."""
+
+    body: dict[str, Any] = field(default_factory=dict)
+    tensors: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+        text: what it adds to the text; may be empty while a character is incomplete or a stop string may begin.
+        id: token id; -1 for text that was held back and is given at the end.
+        position: absolute position in the sequence, the prompt included.
+        logprob: natural logarithm of its probability, where asked for.
+        passages: where retrieval was asked for: what was retrieved at this position, nearest first.
+    """
+
+    text: str
+    id: int
+    position: int
+    logprob: float | None = None
+    passages: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """Neighbours of each query.
+
+    Attributes:
+        ids: int64 [queries, k], -1 where the index holds fewer.
+        distances: float32 [queries, k], in the index's metric.
+        payloads: for each query, a map for each neighbour (what the index knows of it: tokens, text, document).
+    """
+
+    ids: Array
+    distances: Array
+    payloads: list[list[dict[str, Any]]]

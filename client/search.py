@@ -1,0 +1,28 @@
+"""The asking side of `search:<index>`: vectors in, neighbours out. Knows the body's fields, no faiss."""
+
+from typing import Any
+
+import numpy as np
+
+from ..schema.errors import WorkerFailed
+from .results import Hits, Reply
+
+
+def search_request(vectors: Any, k: int, nprobe: int | None) -> tuple[dict[str, Any], list[Any]]:
+    """Body and tensors of a search; one vector [d] counts as one query."""
+    if isinstance(vectors, np.ndarray | list | tuple):
+        vectors = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
+    body = {"k": k, "payloads": True}
+    return (body if nprobe is None else {**body, "nprobe": nprobe}), [vectors]
+
+
+def hits_of(reply: Reply) -> Hits:
+    """The reply of an index as arrays.
+
+    Raises:
+        WorkerFailed: the reply holds no ids and distances.
+    """
+    if len(reply.tensors) < 2:
+        raise WorkerFailed("the index answered without ids and distances: is another program serving its name?")
+    ids, distances = reply.tensors[0].numpy(), reply.tensors[1].numpy()
+    return Hits(ids, distances, reply.body.get("payloads", [[] for _ in ids]))

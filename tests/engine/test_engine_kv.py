@@ -1,0 +1,43 @@
+"""The KV cache's slots and the pool of block ids."""
+
+import pytest
+import torch
+from ralmq.workers.engine.kv import BLOCK, BlockPool, KVCache
+
+
+def test_what_is_written_to_slots_is_read_by_table() -> None:
+    cache = KVCache(2, 5, 3, 8, torch.float32, "cpu")
+    assert cache.bytes_per_block == 2 * BLOCK * 2 * 3 * 8 * 4
+    kv = torch.randn(BLOCK + 4, 6, 8)
+    slots = torch.tensor([4 * BLOCK + i for i in range(BLOCK)] + [1 * BLOCK + i for i in range(4)])
+    cache.write(1, slots, kv)
+    keys, values = cache.read(1, torch.tensor([4, 1, 1, 4]), 2)
+    assert keys.shape == values.shape == (2, 3, 2 * BLOCK, 8)
+    assert torch.equal(keys[0, :, : BLOCK + 4], kv[:, :3].transpose(0, 1))
+    assert torch.equal(values[0, :, : BLOCK + 4], kv[:, 3:].transpose(0, 1))
+    assert torch.equal(values[1, :, BLOCK:], kv[:BLOCK, 3:].transpose(0, 1))
+    assert not keys[0, :, BLOCK + 4 :].any()
+    assert not cache.read(0, torch.arange(5), 1)[0].any()
+
+
+def test_pool_gives_each_block_once() -> None:
+    pool = BlockPool(5)
+    assert pool.available == 5
+    first = pool.take(2)
+    assert first == [0, 1]
+    assert pool.take(4) is None and pool.available == 3
+    rest = pool.take(3)
+    assert rest is not None and sorted([*first, *rest]) == list(range(5))
+    assert pool.take(0) == [] and pool.take(1) is None
+    pool.free([first[1], rest[0]])
+    assert sorted(pool.take(2) or []) == sorted([first[1], rest[0]])
+
+
+def test_pool_refuses_what_is_not_taken() -> None:
+    pool = BlockPool(3)
+    pool.take(1)
+    pool.free([0])
+    for block in (0, 1, -1, 3):
+        with pytest.raises(ValueError, match=f"block {block} is not taken"):
+            pool.free([block])
+    assert pool.available == 3

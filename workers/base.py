@@ -1,0 +1,96 @@
+"""What a worker class is. Knows requests and replies; no socket, no event loop of its own."""
+
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..schema.tensor import Tensor
+
+if TYPE_CHECKING:
+    from .host import Host
+
+Answer = Any  # None, a map, or (map, tensors); see `answer_parts`
+
+
+@dataclass(slots=True)
+class Request:
+    """What a worker is asked.
+
+    Attributes:
+        body: the asker's map.
+        tensors: with `.numpy()`; views into the received frames.
+        id, attempt: name the request in logs and in requests made on its behalf.
+        deadline: event-loop time at which the broker gives it up; 0 for none.
+        service: which of the worker's services was asked.
+    """
+
+    service: str
+    body: dict[str, Any] = field(default_factory=dict)
+    tensors: Sequence[Tensor] = ()
+    id: bytes = b""
+    attempt: int = 0
+    deadline: float = 0.0
+    until: int = 0  # parts that may be sent; 0 for no bound
+    ending: dict[str, Any] = field(default_factory=dict)  # what a stream says at its end
+
+
+class Worker:
+    """A class that serves requests; subclass it and start it with `ralmq worker my_package:MyWorker`.
+
+    Options of the worker are keyword arguments of `__init__` with annotations; `-o key=value` sets them.
+
+    Attributes:
+        service: name under which it is asked; several by overriding `services`.
+        capacity: requests that it takes at a time.
+        idempotent: whether a request may be given to another worker after this one is lost.
+        stall_limit: seconds without progress, with work in hand, after which it counts as hung.
+        max_batch: above 1, `handle_batch` is called with up to so many requests at once.
+        max_wait: seconds that a batch waits to fill.
+    """
+
+    service: str = ""
+    capacity: int = 16
+    idempotent: bool = False
+    stall_limit: float = 30.0
+    max_batch: int = 1
+    max_wait: float = 0.0
+    labels: ClassVar[dict[str, Any]] = {}
+    host: "Host"
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        """All names under which it is asked."""
+        return (self.service,) if self.service else ()
+
+    async def start(self) -> None:
+        """Loads what takes long; called before the worker announces itself."""
+
+    async def stop(self) -> None:
+        """Called once, after the last request."""
+
+    def handle(self, request: Request) -> Awaitable[Answer] | AsyncIterator[Answer]:
+        """Serves a request: a coroutine that returns its answer, or an async generator whose yields are parts.
+
+        An answer is None, a map, or a pair of a map and a list of tensors. When the asker gives up, the coroutine
+        is cancelled. What it raises reaches the asker: ralmq errors as they are, others as WorkerFailed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no handle()")
+
+    async def handle_batch(self, requests: list[Request]) -> list[Answer]:
+        """Serves several requests at once; one answer each, or an exception object in its place."""
+        raise NotImplementedError(f"{type(self).__name__} has max_batch > 1 and no handle_batch()")
+
+
+def answer_parts(answer: Answer) -> tuple[dict[str, Any], Sequence[Any]]:
+    """Body and tensors of what a handler returned or yielded.
+
+    Raises:
+        TypeError: neither None, a map, nor a pair of map and list.
+    """
+    if answer is None:
+        return {}, ()
+    if isinstance(answer, dict):
+        return answer, ()
+    if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], dict):
+        return answer
+    raise TypeError(f"a worker answers with a map, or a map and a list of tensors, not with {type(answer).__name__}")

@@ -1,0 +1,60 @@
+"""A worker as a process of its own: signals, drain, exit. Knows no worker class."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+from .base import Worker
+from .host import Host
+
+PARENT_PIPE = "RALMQ_PARENT_PIPE"  # environment: number of the descriptor whose end of file means: the parent is gone
+
+
+def run(worker: Worker, url: str, *, name: str = "", wait: float = float("inf")) -> None:
+    """Serves until SIGTERM or SIGINT, then drains: requests in hand are finished, no new ones are taken.
+
+    Raises:
+        RalmqError: the worker or its link cannot start.
+    """
+    asyncio.run(_run(worker, url, name, wait))
+
+
+async def _run(worker: Worker, url: str, name: str, wait: float) -> None:
+    host = Host(worker, url, name=name)
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if os.environ.get(PARENT_PIPE):
+        watch_parent(int(os.environ[PARENT_PIPE]), lambda: loop.call_soon_threadsafe(stop.set))
+    opening = loop.create_task(host.open(wait))
+    stopping = loop.create_task(stop.wait())
+    await asyncio.wait([opening, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if not opening.done():
+        opening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await opening
+        return
+    await opening
+    print(
+        f"{host.link.hello.name} serves {', '.join(worker.services) or 'a span'} at {url}", file=sys.stderr, flush=True
+    )
+    await stopping
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(host.drain(), timeout=10.0)
+
+
+def watch_parent(descriptor: int, gone: Callable[[], object]) -> None:
+    """Calls `gone` when the other end of a pipe is closed: the process that spawned this one is no more."""
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(descriptor, 1):
+                pass
+        gone()
+
+    threading.Thread(target=wait, name="parent-pipe", daemon=True).start()
