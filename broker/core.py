@@ -5,7 +5,7 @@ from typing import Any
 from ..schema.codec import decode, encode
 from ..schema.errors import Malformed
 from ..schema.frame import RETURN, Prefix, read_prefix
-from ..schema.limits import NO_ID
+from ..schema.limits import MAX_FRAMES, NO_ID
 from ..schema.message import Beat, Error, Gone, Kind
 from .limits import Limits
 from .pipelines import Pipelines
@@ -52,6 +52,8 @@ class Core:
         prefix: Prefix | None = None
         try:
             prefix = read_prefix(frames[0])
+            if len(frames) > MAX_FRAMES:
+                raise Malformed(f"more than {MAX_FRAMES} frames: join tensors or send fewer")
             peer = self.roster.peers.get(key)
             if prefix.kind == Kind.HELLO:
                 self.roster.hello(now, key, decode(frames)[1])
@@ -83,8 +85,8 @@ class Core:
             self.requests.measure(now, now - self._beat_at)
             self._beat_at = now
             self.roster.hung(now)
-            for key in self.roster.peers:
-                self._tell(key, Beat(), NO_ID, 0)
+            beat = encode(Beat(), epoch=self.epoch)
+            self._out += [(key, beat) for key in self.roster.peers]
         return self._flush(now)
 
     def greet(self, key: bytes) -> list[Sent]:

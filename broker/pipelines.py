@@ -86,12 +86,11 @@ def _group(peer: Peer) -> Group:
 
 
 def _gaps(stages: list[Peer], layers: int) -> set[str]:
-    covered = {layer for stage in stages if (span := stage.hello.span) for layer in range(span.first, span.last)}
     gaps: set[str] = set()
-    first = 0
-    for layer in range(layers + 1):
-        if layer == layers or layer in covered:
-            if layer > first:
-                gaps.add(f"{first}-{layer - 1} of {layers}")
-            first = layer + 1
+    reached = 0
+    spans = [(span.first, span.last) for stage in stages if (span := stage.hello.span) is not None]
+    for first, last in [*sorted(spans), (layers, layers)]:
+        if first > reached:
+            gaps.add(f"{reached}-{first - 1} of {layers}")
+        reached = max(reached, last)
     return gaps

@@ -4,11 +4,10 @@ from .records import Record
 
 
 class FairQueue:
-    """Bounded by its owner; `count` and `bytes` say how full it is."""
+    """Bounded by its owner; `count` says how full it is."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.bytes = 0
         self._levels: dict[int, dict[bytes, dict[bytes, Record]]] = {}  # priority -> asker -> id -> record
 
     def push(self, record: Record, *, first: bool = False) -> None:
@@ -20,7 +19,6 @@ class FairQueue:
         else:
             line[record.id] = record
         self.count += 1
-        self.bytes += record.size
 
     def pop(self) -> Record:
         """Takes the next request of a queue that is not empty; its asker goes behind the others of its priority."""
@@ -33,7 +31,7 @@ class FairQueue:
             askers[key] = line
         elif not askers:
             del self._levels[priority]
-        self._took(record)
+        self.count -= 1
         return record
 
     def remove(self, record: Record) -> None:
@@ -45,12 +43,8 @@ class FairQueue:
             del askers[record.asker.key]
             if not askers:
                 del self._levels[record.priority]
-        self._took(record)
+        self.count -= 1
 
     def records(self) -> list[Record]:
         """All waiting requests."""
         return [record for askers in self._levels.values() for line in askers.values() for record in line.values()]
-
-    def _took(self, record: Record) -> None:
-        self.count -= 1
-        self.bytes -= record.size

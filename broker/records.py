@@ -45,6 +45,11 @@ class Peer:
     def works(self) -> bool:
         return bool(self.hello.services) or self.hello.span is not None
 
+    @property
+    def owner(self) -> Peer:
+        """Whose credit its work spends: its pipeline's leader, or itself."""
+        return self.pipeline.leader if self.pipeline is not None else self
+
 
 class State(Enum):
     """Where a request is. After ENDED nothing changes any more."""
@@ -59,7 +64,8 @@ class Record:
     """A request from its acceptance to its one FINAL or ERROR.
 
     `attempt` is the asker's count of resends, `leg` the count on the worker's side: a request that is given to
-    another worker raises `leg` alone, and answers of an older leg are fenced off.
+    another worker raises `leg` alone, and answers of an older leg are fenced off. No leg of an id comes twice.
+    `until` is the credit that CREDIT raised, 0 where none came; `wait` the end of waiting for a missing service.
     """
 
     id: bytes
@@ -75,6 +81,7 @@ class Record:
     leg: int = 0
     tries: int = 0
     until: int = 0
+    wait: float = 0.0
     worker: Peer | None = None
     parent: Record | None = None
     children: dict[bytes, Record] | None = None

@@ -54,7 +54,8 @@ class Requests:
                 self.counts["duplicates"] += 1
                 return None
             self._abandon(now, known)
-        elif prefix.attempt <= max(self._ended[0].get(prefix.id, -1), self._ended[1].get(prefix.id, -1)):
+        ended = max(self._ended[0].get(prefix.id, -1), self._ended[1].get(prefix.id, -1))
+        if prefix.attempt <= ended >> 16:
             self.counts["duplicates"] += 1
             return None
         route = self._routes.read(frames[0])
@@ -75,10 +76,10 @@ class Requests:
                 return self._tell(asker, Final(body), prefix.id, prefix.attempt)
             service = self.service(route.service)
         record = Record(prefix.id, asker, service, prefix.attempt, deadline, route.priority, frames, now)
-        record.leg = prefix.attempt
-        record.until = route.window
+        record.leg = prefix.attempt if ended < 0 else max(prefix.attempt, (ended & MAX_ATTEMPT) + 1)
         worker = service.choose() if not service.queue.count else None
         if worker is None and (refusal := self._queue(now, record, route.wait_ms)) is not None:
+            self._forget(now, service)
             return self._refuse(asker, prefix, refusal)
         self.counts["accepted"] += 1
         self.open[record.id] = record
@@ -100,7 +101,7 @@ class Requests:
             self.fail(now, record, RequestCancelled("cancelled by the asker"))
 
     def credit(self, asker: Peer, prefix: Prefix, until: int) -> None:
-        """CREDIT from the asker goes to the worker; it never shrinks."""
+        """CREDIT from the asker goes to the worker, or waits with the request; it never shrinks."""
         record = self.open.get(prefix.id)
         if record is None or record.asker is not asker or prefix.attempt != record.attempt or until <= record.until:
             return
@@ -122,7 +123,7 @@ class Requests:
         """FINAL or ERROR: the end of the request, or the late acknowledgement of one that ended without the worker."""
         record = self.open.get(prefix.id)
         if record is None or record.leg != prefix.attempt or not serves(worker, record):
-            owner = worker.pipeline.leader if worker.pipeline is not None else worker
+            owner = worker.owner
             if owner.ending.pop((prefix.id, prefix.attempt), None) is None:
                 self.counts["fenced"] += 1
             else:
@@ -140,7 +141,7 @@ class Requests:
         for identity, attempt in active:
             record = self.open.get(identity)
             served = record is not None and record.leg == attempt and serves(worker, record)
-            if not served and (identity, attempt) not in worker.ending:
+            if not served and (identity, attempt) not in worker.owner.ending:
                 self._tell(worker, Gone("this attempt is over"), identity, attempt)
 
     # -- from the roster and the clock
@@ -153,33 +154,34 @@ class Requests:
         """Gives a worker with credit what waits for its services."""
         for service in worker.services:
             while service.queue.count and worker.load < worker.hello.capacity and worker in service.workers:
-                record = service.queue.pop()
-                self._unqueued(record)
-                self._dispatch(now, record, worker)
+                self._next(now, service, worker)
 
     def withdrawn(self, now: float, service: Service) -> None:
         """The last offer of a service is gone: those who wait get the grace in which it may come back."""
         service.gone_at = now
         for record in service.queue.records():
             if not record.attempt:
-                self._waits.add(record, now + self._limits.grace)
+                self._wait(record, max(record.wait, now + self._limits.grace))
 
     def lose_worker(self, now: float, worker: Peer, reason: str) -> None:
         """Requests of a lost worker go to another where that is harmless, and fail otherwise; nothing is sent to it."""
-        worker.ending.clear()
-        for record in list(worker.serving.values()):
-            del worker.serving[record.id]
+        while worker.serving:
+            _, record = worker.serving.popitem()  # the youngest first: each goes to the head of the queue
             record.worker = None
             if worker.hello.idempotent and record.tries < self._limits.tries and record.leg < MAX_ATTEMPT:
                 self._requeue(now, record)
             else:
                 self.fail(now, record, WorkerLost(f"worker {worker.name} of {record.service.name} {reason}: ask again"))
+        worker.ending.clear()
         worker.load = 0
+        for service in worker.services:
+            while service.queue.count and (other := service.choose()) is not None:
+                self._next(now, service, other)
 
     def lose_asker(self, now: float, asker: Peer) -> None:
         """Nobody waits any more for what a lost peer asked."""
-        for record in list(asker.asked.values()):
-            self._abandon(now, record)
+        while asker.asked:  # one may end others, where a worker asked on behalf of what it asked itself
+            self._abandon(now, next(iter(asker.asked.values())))
 
     def fail(self, now: float, record: Record, error: RalmqError) -> None:
         """Ends a request with an ERROR to its asker; a worker that serves it is told to stop."""
@@ -200,12 +202,15 @@ class Requests:
 
     def measure(self, now: float, seconds: float) -> None:
         """Rates of the services, once an interval; names that nobody offers or waits for are forgotten."""
-        for name, service in list(self.services.items()):
+        for service in list(self.services.values()):
             service.measure(seconds)
-            if not service.offers and not service.queue.count and now > service.gone_at + self._limits.grace:
-                del self.services[name]
+            self._forget(now, service)
 
     # -- inside
+
+    def _forget(self, now: float, service: Service) -> None:
+        if not service.offers and not service.queue.count and now > service.gone_at + self._limits.grace:
+            del self.services[service.name]
 
     def _queue(self, now: float, record: Record, wait_ms: int) -> RalmqError | None:
         """Puts a request into its service's queue; the error to refuse it with where it cannot wait there."""
@@ -224,9 +229,15 @@ class Requests:
             waiting = f"{service.queue.count} requests wait for {service.name}"
             return Busy(f"{waiting}: ask again in {after:.2f} s, or start another worker", retry_after=after)
         if 0.0 < until < float("inf"):
-            self._waits.add(record, until)
+            self._wait(record, until)
         self._enqueue(record)
         return None
+
+    def _wait(self, record: Record, until: float) -> None:
+        """Until when a queued request may wait while nobody offers its service."""
+        self._waits.remove(record, record.wait)
+        self._waits.add(record, until)
+        record.wait = until
 
     def _enqueue(self, record: Record, *, first: bool = False) -> None:
         record.state = State.QUEUED
@@ -235,21 +246,23 @@ class Requests:
         self.queued_bytes += record.size
 
     def _unqueued(self, record: Record) -> None:
+        self._waits.remove(record, record.wait)
         record.asker.queued_bytes -= record.size
         self.queued_bytes -= record.size
 
     def _requeue(self, now: float, record: Record) -> None:
         """Another worker gets it next, before what came later; answers to the old leg are fenced off."""
         self.counts["requeued"] += 1
+        self._orphan(now, record)
         record.leg += 1
         record.size = sum(map(len, record.frames))
-        worker = record.service.choose()
-        if worker is not None:
-            self._dispatch(now, record, worker)
-            return
         self._enqueue(record, first=True)
-        if not record.service.offers:
-            self._waits.add(record, now + self._limits.grace)
+
+    def _next(self, now: float, service: Service, worker: Peer) -> None:
+        """What waited longest goes to a worker that has credit."""
+        record = service.queue.pop()
+        self._unqueued(record)
+        self._dispatch(now, record, worker)
 
     def _dispatch(self, now: float, record: Record, worker: Peer) -> None:
         if record.attempt and not worker.hello.idempotent:
@@ -269,7 +282,7 @@ class Requests:
         self._out.append((worker.key, frames))
         if not worker.hello.idempotent:
             record.frames = []  # it will not be sent again: free the memory
-        if record.until and record.leg != record.attempt:
+        if record.until:  # raised above the window, which is in the REQUEST
             self._tell(worker, Credit(record.until), record.id, record.leg)
 
     def _forward(self, record: Record, prefix: Prefix, frames: Frames) -> None:
@@ -290,14 +303,22 @@ class Requests:
             record.worker.serving.pop(record.id, None)
         if record.deadline:
             self._deadlines.remove(record, record.deadline)
-        self._ended[0][record.id] = record.attempt
+        self._ended[0][record.id] = record.attempt << 16 | record.leg
         if len(self._ended[0]) >= 65_536:
             self._ended = ({}, self._ended[0])
         if record.parent is not None and record.parent.children is not None:
             record.parent.children.pop(record.id, None)
         if record.children:
-            for child in list(record.children.values()):
-                self.fail(now, child, RequestCancelled(_ORPHAN))
+            self._orphan(now, record)
+
+    def _orphan(self, now: float, record: Record) -> None:
+        """Ends what was asked on behalf of a request, and on behalf of that; a loop, since chains may be long."""
+        family = [record]
+        for member in family:
+            family += (member.children or {}).values()
+            member.children = None
+        for member in family[1:]:
+            self.fail(now, member, RequestCancelled(_ORPHAN))
 
     def _abandon(self, now: float, record: Record) -> None:
         """Ends a request without a word to its asker."""
@@ -321,7 +342,7 @@ class Requests:
 
     def _stale(self, worker: Peer, prefix: Prefix) -> None:
         self.counts["fenced"] += 1
-        if (prefix.id, prefix.attempt) not in worker.ending:
+        if (prefix.id, prefix.attempt) not in worker.owner.ending:
             self._tell(worker, Gone("this attempt is over"), prefix.id, prefix.attempt)
 
     def _nobody(self, service: Service) -> NoService:

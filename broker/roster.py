@@ -31,10 +31,12 @@ class Roster:
         offers = bool(hello.services) or hello.span is not None
         if offers and not hello.capacity:
             raise Malformed("a worker needs a capacity of at least 1")
+        if hello.services and hello.span is not None:
+            raise Malformed("a peer offers services or a span: offer the services from a worker of their own")
         if any(name.startswith(RESERVED) for name in hello.services):
             raise Malformed(f"names that begin with {RESERVED} belong to the broker: choose another")
         known = self.peers.get(key)
-        if known is None or known.hello.nonce != hello.nonce:
+        if known is None or known.hello != hello:
             for old in (known, self._by_nonce.get(hello.nonce)):
                 if old is not None and self.peers.get(old.key) is old:
                     self.lose(now, old, "announced itself anew")
@@ -48,7 +50,7 @@ class Roster:
         if not peer.works:
             self.lose(now, peer, "left")
             return
-        owner = peer.pipeline.leader if peer.pipeline is not None else peer
+        owner = peer.owner
         owner.leaving = True
         self._stop_offering(owner)
         self.left(now, owner)
@@ -61,10 +63,11 @@ class Roster:
         pipeline = worker.pipeline
         leaving = [stage for stage in (pipeline.stages if pipeline else [worker]) if stage.draining]
         if leaving and pipeline is not None:
-            self._dissolve(pipeline, "a stage is drained")
+            self._dissolve(now, pipeline, "a stage is drained")
             return  # which puts each draining stage back here, now without a pipeline
         for stage in leaving:
             self._tell(stage.key, Bye())
+            self._requests.lose_asker(now, stage)
             self._forget(now, stage)
 
     def lose(self, now: float, peer: Peer, reason: str) -> None:
@@ -74,7 +77,7 @@ class Roster:
         if pipeline is not None:
             self._stop_offering(pipeline.leader)
             self._requests.lose_worker(now, pipeline.leader, f"lost {peer.name}, which {reason}")
-            self._dissolve(pipeline, "a stage is lost", gone=peer)
+            self._dissolve(now, pipeline, "a stage is lost", gone=peer)
         elif peer.works:
             self._stop_offering(peer)
         self._requests.lose_worker(now, peer, reason)
@@ -89,9 +92,13 @@ class Roster:
         self._requests.reconcile(peer, beat.active)
 
     def hung(self, now: float) -> None:
-        """Workers that have work and no progress past their stall limit are treated as lost, and told so."""
-        for peer in list(self.peers.values()):
-            if not peer.load and not peer.busy:
+        """Workers that have work and no progress past their stall limit are treated as lost, and told so.
+
+        A stage has work while its pipeline has. The one that stands still longest goes first: the others of its
+        pipeline may only have waited for it.
+        """
+        for peer in sorted(self.peers.values(), key=lambda peer: peer.progress_at):
+            if not peer.owner.load and not peer.busy:
                 peer.progress_at = max(peer.progress_at, now - self._limits.beat)
             elif now - peer.progress_at > peer.hello.stall_ms / 1000:
                 self._tell(peer.key, Gone("no progress past the stall limit"))
@@ -142,15 +149,17 @@ class Roster:
             service.workers.append(pipeline.leader)
             self._requests.feed(now, pipeline.leader)
 
-    def _dissolve(self, pipeline: Pipeline, reason: str, gone: Peer | None = None) -> None:
+    def _dissolve(self, now: float, pipeline: Pipeline, reason: str, gone: Peer | None = None) -> None:
         """Ends a pipeline; its survivors drop their KV cache and are spares until the layers are covered again."""
         self._stop_offering(pipeline.leader)
         pipeline.leader.leaving = False
         self._pipelines.dissolve(pipeline)
         for stage in pipeline.stages:
-            if stage is not gone:
-                self._tell(stage.key, Gone(reason), pipeline.id)
-            if stage.draining and stage is not gone:
+            if stage is gone:
+                continue
+            self._tell(stage.key, Gone(reason), pipeline.id)
+            stage.busy, stage.progress_at = 0, now
+            if stage.draining:
                 self._requests.left.append(stage)
 
     def _tell(self, key: bytes, message: Any, identity: bytes = NO_ID) -> None:

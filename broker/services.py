@@ -32,7 +32,9 @@ class Service:
         return best
 
     def measure(self, seconds: float) -> None:
-        """Updates the rate; called once an interval."""
+        """Updates the rate, called once an interval; a time without work says nothing about it."""
+        if self.finished == self._counted and not self.queue.count:
+            return
         current = (self.finished - self._counted) / seconds
         self._counted = self.finished
         self.rate = current if not self.rate else 0.7 * self.rate + 0.3 * current

@@ -18,9 +18,12 @@ class Timers:
 
     def remove(self, record: Record, when: float) -> None:
         """Takes back an `add` with the same arguments; nothing happens where it has fired."""
-        bucket = self._buckets.get(int(when / BUCKET) + 1)
+        number = int(when / BUCKET) + 1
+        bucket = self._buckets.get(number)
         if bucket is not None and bucket.get(record.id) is record:
             del bucket[record.id]
+            if not bucket:
+                del self._buckets[number]
 
     def due(self, now: float) -> list[Record]:
         """The requests whose time has come since the last call."""

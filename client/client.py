@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -38,9 +38,11 @@ class Stream:
         final: the body and tensors that ended it, once it has ended.
     """
 
-    def __init__(self, link: Link, pending: Pending) -> None:
+    def __init__(self, link: Link, ask: Callable[[], Pending], retries: int) -> None:
         self._link = link
-        self._pending = pending
+        self._ask = ask
+        self._retries = retries
+        self._pending = ask()
         self.final: Reply | None = None
 
     @property
@@ -54,7 +56,7 @@ class Stream:
         if self.final is not None:
             raise StopAsyncIteration
         try:
-            part = await self._pending.next()
+            part = await self._next()
         except BaseException:
             await self.aclose()
             raise
@@ -63,6 +65,17 @@ class Stream:
             return reply
         self.final = reply
         raise StopAsyncIteration
+
+    async def _next(self) -> Partial | Final:
+        while True:
+            try:
+                return await self._pending.next()
+            except Busy as busy:
+                if not self._retries:
+                    raise
+                self._retries -= 1
+                await pause(busy)
+                self._pending = self._ask()
 
     async def aclose(self) -> None:
         """Gives the request up where it has not ended."""
@@ -75,8 +88,14 @@ class Stream:
         await self.aclose()
 
     def __del__(self) -> None:
-        if not self._pending.ended:  # an `async for` that was left by break: nobody can read on
-            self._link.cancel(self._pending)
+        pending = getattr(self, "_pending", None)
+        if pending is not None and not pending.ended:  # an `async for` that was left by break: nobody can read on
+            self._link.cancel(pending)
+
+
+async def pause(busy: Busy) -> None:
+    """Waits until a resend is expected to find room; a little more, so that those who wait do not come at once."""
+    await asyncio.sleep(busy.retry_after * random.uniform(1.0, 1.1))
 
 
 class Client:
@@ -129,6 +148,7 @@ class Client:
                 tensors,
                 deadline=max(0.001, end - loop.time()),
                 priority=priority,
+                window=WINDOW,
                 parent=parent,
                 wait_service=wait_service,
             )
@@ -140,7 +160,7 @@ class Client:
                 if not retries or loop.time() + busy.retry_after >= end:
                     raise
                 retries -= 1
-                await asyncio.sleep(busy.retry_after * random.uniform(1.0, 1.1))
+                await pause(busy)
             finally:
                 self._link.cancel(pending)
 
@@ -153,6 +173,7 @@ class Client:
         deadline: float = REQUEST_DEADLINE,
         priority: int = 4,
         wait_service: float = 0.0,
+        retries: int = 0,
         parent: bytes | None = None,
         window: int = WINDOW,
     ) -> Stream:
@@ -161,17 +182,22 @@ class Client:
         Args:
             window: parts that may be under way; a reader that is slow pauses its own stream alone.
         """
-        pending = self._link.ask(
-            service,
-            body,
-            tensors,
-            deadline=deadline,
-            priority=priority,
-            window=window,
-            parent=parent,
-            wait_service=wait_service,
-        )
-        return Stream(self._link, pending)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + deadline
+
+        def ask() -> Pending:
+            return self._link.ask(
+                service,
+                body,
+                tensors,
+                deadline=max(0.001, end - loop.time()),
+                priority=priority,
+                window=window,
+                parent=parent,
+                wait_service=wait_service,
+            )
+
+        return Stream(self._link, ask, retries)
 
     def generate(
         self,
@@ -180,6 +206,7 @@ class Client:
         model: str,
         deadline: float = GENERATION_DEADLINE,
         wait_service: float = 0.0,
+        retries: int = 0,
         priority: int = 4,
         **options: Any,
     ) -> Generation:
@@ -201,6 +228,7 @@ class Client:
             tensors=tensors,
             deadline=deadline,
             wait_service=wait_service,
+            retries=retries,
             priority=priority,
         )
         return Generation(stream)
@@ -212,6 +240,7 @@ class Client:
         *,
         k: int = 10,
         nprobe: int | None = None,
+        payloads: bool = True,
         deadline: float = REQUEST_DEADLINE,
         wait_service: float = 0.0,
         retries: int = 0,
@@ -221,12 +250,13 @@ class Client:
         Args:
             query: float32 [queries, d] or [d]; or text, encoded by the index's own model.
             nprobe: lists of an IVF index to look at; None for the index's own default.
+            payloads: also what the index knows of each neighbour; leave it out for thousands of neighbours.
         """
         ask = partial(self.request, deadline=deadline, wait_service=wait_service, retries=retries)
         if isinstance(query, str):
             info = (await ask(f"search:{index}", {"info": True})).body
             query = (await ask(f"embed:{info['model']}", {"texts": [query]})).tensors[0].numpy()
-        body, tensors = search_request(query, k, nprobe)
+        body, tensors = search_request(query, k, nprobe, payloads)
         return hits_of(await ask(f"search:{index}", body, tensors=tensors))
 
     async def status(self, *, deadline: float = REQUEST_DEADLINE) -> dict[str, Any]:

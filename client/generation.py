@@ -30,6 +30,7 @@ DEFAULTS: Final[dict[str, Any]] = {
     "nprobe": None,
     "knn_lambda": 0.25,
     "knn_temperature": 10.0,
+    "passages": False,  # give what was retrieved along with the tokens
 }
 
 

@@ -12,10 +12,20 @@ from typing import Any, Final
 import zmq
 
 from ..schema.codec import decode, encode
-from ..schema.errors import ConnectionClosed, DeadlineExceeded, Malformed, NoBroker, RalmqError, Refused, error_of
-from ..schema.frame import Prefix, restamped
+from ..schema.errors import (
+    ConnectionClosed,
+    DeadlineExceeded,
+    Malformed,
+    NoBroker,
+    RalmqError,
+    Refused,
+    RequestCancelled,
+    WorkerFailed,
+    error_of,
+)
+from ..schema.frame import Prefix, read_prefix, restamped
 from ..schema.limits import MAX_DEADLINE_MS, NO_ID
-from ..schema.message import Beat, Bye, Cancel, Credit, Error, Gone, Hello, Partial, Request, Welcome
+from ..schema.message import Beat, Bye, Cancel, Credit, Error, Gone, Hello, Kind, Partial, Request, Welcome
 from ..schema.message import Final as End
 from .pending import Pending
 from .wire import Wire
@@ -33,7 +43,7 @@ class Link:
         url: address of the broker.
         hello: what this peer announces; its nonce is drawn here.
         take: messages that are no answers (REQUEST, STEP, ...), called within the event loop.
-        welcomed: called after each WELCOME that follows a loss: all state shared with the broker is void.
+        lost: called when the broker, or the connection to it, is gone: all state shared with it is void.
         beat: makes the BEAT, once an interval.
         context: a zmq context to share, for inproc.
     """
@@ -44,7 +54,7 @@ class Link:
         hello: Hello,
         *,
         take: Taker | None = None,
-        welcomed: Callable[[], None] | None = None,
+        lost: Callable[[], None] | None = None,
         beat: Callable[[], Beat] = Beat,
         context: zmq.Context[Any] | None = None,
     ) -> None:
@@ -52,7 +62,7 @@ class Link:
         self.epoch = 0
         self.hello = replace(hello, nonce=os.urandom(16), pid=os.getpid())
         self._take = take
-        self._welcomed = welcomed
+        self._on_lost = lost
         self._beat = beat
         self._context = context
         self._interval = 1.0
@@ -75,7 +85,8 @@ class Link:
         """
         self._loop = asyncio.get_running_loop()
         self._ready = self._loop.create_future()
-        self._wire = Wire(self.url, self._received, self._context)
+        self._leaving, self._left = False, None
+        self._wire = Wire(self.url, self._received, self._lost, self._context)
         self._announce()
         try:
             await asyncio.wait_for(self._ready, None if wait == float("inf") else wait)
@@ -94,18 +105,22 @@ class Link:
         if self._timer is not None:
             self._timer.cancel()
         for pending in list(self._asked.values()):
-            pending.end(ConnectionClosed("the client was closed before the answer", request_id=pending.id))
+            pending.end(ConnectionClosed("the link was closed before the answer", request_id=pending.id))
         self._asked.clear()
         if self._known and not self.hello.services and self.hello.span is None:
             wire.send(encode(Bye(), epoch=self.epoch))
+        self._known = False
+        self._depart()
         wire.close()
 
     async def leave(self) -> None:
-        """A worker's drain: says BYE and waits until the broker has nothing open for it."""
-        if self._known and self._wire is not None:
-            self._left = self._loop.create_future()
-            self.send(Bye())
-            await self._left
+        """A worker's drain: says BYE and waits until the broker has nothing open for it, or is itself gone."""
+        self._leaving = True
+        if self._known:
+            if self._left is None:
+                self._left = self._loop.create_future()
+                self.send(Bye())
+            await asyncio.shield(self._left)
 
     def send(self, message: Any, *, id: bytes = NO_ID, attempt: int = 0, sequence: int = 0, flags: int = 0) -> None:
         """Sends a message that is no request; passed over while the broker is away, since its state is void then."""
@@ -135,12 +150,14 @@ class Link:
         Raises:
             ConnectionClosed: the link is not open.
             Malformed: body or tensors cannot travel.
-            Refused: a deadline that is no positive number.
+            Refused: a deadline or a time to wait for the service that is out of range.
         """
         if self._wire is None:
             raise ConnectionClosed("the client is closed: open it with `async with ralmq.connect(url)`")
         if not 0 < deadline < MAX_DEADLINE_MS / 1000:
             raise Refused(f"a deadline of {deadline} s is out of range: give seconds above 0")
+        if not 0 <= wait_service < MAX_DEADLINE_MS / 1000:
+            raise Refused(f"wait_service of {wait_service} s is out of range: give seconds, or 0")
         request = Request(service, priority, window, parent, int(wait_service * 1000), body or {}, tensors)
         identity = os.urandom(16)
         frames = encode(request, id=identity)
@@ -152,11 +169,11 @@ class Link:
             self._send_request(pending)
         return pending
 
-    def cancel(self, pending: Pending) -> None:
-        """Gives a request up; nothing of it arrives any more."""
+    def cancel(self, pending: Pending, why: RalmqError | None = None) -> None:
+        """Gives a request up; nothing of it arrives any more. Whoever still reads it gets `why`."""
         if self._asked.pop(pending.id, None) is not None and not pending.ended:
-            self.send(Cancel(), id=pending.id, attempt=pending.attempt)
-            pending.end(ConnectionClosed("given up by the asker", request_id=pending.id))
+            self.send(Cancel(), id=pending.id, attempt=max(0, pending.attempt))
+            pending.end(why or RequestCancelled("given up by the asker", request_id=pending.id))
 
     # -- inside
 
@@ -167,30 +184,32 @@ class Link:
         pending.sent += 1
         head = restamped(pending.frames[0], attempt=pending.attempt, deadline=left, epoch=self.epoch)
         self._wire.send([head, *pending.frames[1:]])
+        if pending.granted > pending.window:  # a repeated stream begins with parts that have been read
+            self.send(Credit(pending.granted), id=pending.id, attempt=pending.attempt)
 
     def _expired(self, pending: Pending) -> None:
         """The broker's own deadline error did not come: it is away, or its connection is cut."""
-        if self._asked.pop(pending.id, None) is not None:
-            self.send(Cancel(), id=pending.id, attempt=max(0, pending.attempt))
-            where = "no answer in time" if self._known else f"the broker at {self.url} is away"
-            pending.end(DeadlineExceeded(f"{where}: raise the deadline, or see `ralmq status`", request_id=pending.id))
+        where = "no answer in time" if self._known else f"the broker at {self.url} is away"
+        text = f"{where}: raise the deadline, or see `ralmq status`"
+        self.cancel(pending, DeadlineExceeded(text, request_id=pending.id))
 
     def _announce(self) -> None:
         """HELLO, again until WELCOME comes; then BEATs."""
-        if self._wire is None:
+        if self._wire is None or (self._leaving and not self._known):
             return
+        self._timer = self._loop.call_later(self._interval if self._known else HELLO_AGAIN, self._announce)
+        if self._wire.blocked:
+            return  # the one before has not left yet
         if self._known:
             self.send(self._beat())
-            self._timer = self._loop.call_later(self._interval, self._announce)
         else:
             self._wire.send(encode(self.hello))
-            self._timer = self._loop.call_later(HELLO_AGAIN, self._announce)
 
     def _received(self, frames: list[Any]) -> None:
         try:
             prefix, message = decode(frames)
         except Malformed as error:
-            self._refused(error)
+            self._not_understood(frames, error)
             return
         if isinstance(message, Welcome):
             self._enter(prefix.epoch, message)
@@ -204,15 +223,13 @@ class Link:
             if pending.ended:
                 del self._asked[prefix.id]
         elif isinstance(message, Bye):
-            if self._left is not None and not self._left.done():
-                self._left.set_result(None)
+            self._depart()
         elif self._take is not None:
             self._take(prefix, message)
 
     def _enter(self, epoch: int, welcome: Welcome) -> None:
         if self._known and epoch == self.epoch:
             return  # the answer to a HELLO that was sent twice
-        first = self.epoch == 0
         self._known, self.epoch = True, epoch
         self._interval = welcome.beat_ms / 1000
         if self._timer is not None:
@@ -220,21 +237,40 @@ class Link:
         self._timer = self._loop.call_later(self._interval, self._announce)
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
-        if not first and self._welcomed is not None:
-            self._welcomed()
         for pending in list(self._asked.values()):
             self._send_request(pending)
 
     def _lost(self) -> None:
-        """The broker does not know this connection: it was restarted, or took this peer for dead."""
-        if self._known and self._wire is not None:
-            self._known = False
-            self._wire.forget()
-            if self._timer is not None:
-                self._timer.cancel()
-            if self._left is not None and not self._left.done():
-                self._left.set_result(None)
-            self._announce()
+        """The connection was cut, or the broker does not know it: it was restarted, or took this peer for dead."""
+        if not self._known or self._wire is None:
+            return
+        self._known = False
+        self._wire.forget()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._depart()
+        if self._on_lost is not None:
+            self._on_lost()
+        self._announce()
+
+    def _depart(self) -> None:
+        if self._left is not None and not self._left.done():
+            self._left.set_result(None)
+
+    def _not_understood(self, frames: list[Any], error: Malformed) -> None:
+        """Frames that are no message: where they name a request, it ends here, and not by its deadline."""
+        try:
+            prefix = read_prefix(frames[0])
+        except Malformed:
+            self._refused(error)
+            return
+        if not self._known or prefix.epoch != self.epoch:
+            self._refused(error)
+        elif prefix.kind == Kind.REQUEST:
+            self.send(Error(error.code, error.message), id=prefix.id, attempt=prefix.attempt)
+        elif (pending := self._asked.get(prefix.id)) is not None and prefix.attempt == pending.attempt:
+            text = f"the answer cannot be read: {error.message}"
+            self.cancel(pending, WorkerFailed(text, request_id=pending.id))
 
     def _refused(self, error: RalmqError) -> None:
         """What the broker says of HELLO itself ends `open`; other refusals without a request have no one to tell."""

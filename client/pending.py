@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..schema.errors import RalmqError, error_of
+from ..schema.errors import RalmqError, RequestCancelled, error_of
 from ..schema.frame import Prefix
 from ..schema.message import Error, Final, Partial
 
@@ -18,6 +18,7 @@ class Pending:
     Attributes:
         frames: as sent, kept so that the request can be sent again after the broker came back.
         sent: how often it was sent; attempt = sent - 1.
+        granted: parts that the other side was told it may send, counted from the first.
         deadline: loop time at which it must have ended.
     """
 
@@ -32,16 +33,18 @@ class Pending:
         self.grant: Callable[[int], None] | None = None
         self._parts: deque[Partial | Final | RalmqError] = deque()
         self._waiter: asyncio.Future[None] | None = None
-        self._received = 0  # sequence number of the next part, over all attempts
+        self.granted = window
+        self._received = 0  # parts seen, over all attempts
+        self._place = 0  # of the next part within the attempt
+        self._placed = 0  # the attempt that `_place` counts in
         self._taken = 0
-        self._granted = window
 
     @property
     def attempt(self) -> int:
         return self.sent - 1
 
     def take(self, prefix: Prefix, message: Partial | Final | Error) -> None:
-        """An answer came. Parts seen before (sent again by another worker) and older attempts are passed over."""
+        """An answer came. Parts seen before (it was sent again, or another worker began anew) are passed over."""
         if prefix.attempt != self.attempt or self.ended:
             return
         if isinstance(message, Error):
@@ -49,9 +52,14 @@ class Pending:
             self.end(error_of(message.code, message.message, request_id=self.id, retry_after=after))
         elif isinstance(message, Final):
             self.end(message)
-        elif (prefix.sequence - self._received) & 0xFFFF < 0x8000:
-            self._received = prefix.sequence + 1
-            self._put(message)
+        else:
+            # the sequence wraps at 2^16; a part numbered 0 out of turn is the first of another worker
+            if self._placed != prefix.attempt or (prefix.sequence == 0 and self._place & 0xFFFF):
+                self._placed, self._place = prefix.attempt, 0
+            self._place += 1
+            if self._place > self._received:
+                self._received = self._place
+                self._put(message)
 
     def end(self, outcome: Final | RalmqError) -> None:
         """The end, from the broker or from this side; the first one counts."""
@@ -62,22 +70,29 @@ class Pending:
             self._put(outcome)
 
     async def next(self) -> Partial | Final:
-        """The next part, or the end.
+        """The next part, or the end. One reader at a time.
 
         Raises:
             RalmqError: the request failed.
         """
         while not self._parts:
+            if self.ended:
+                raise RequestCancelled("its end was read before", request_id=self.id)
+            if self._waiter is not None:
+                raise RuntimeError("a stream has one reader at a time: another task awaits its next part")
             self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         part = self._parts.popleft()
         if isinstance(part, RalmqError):
             raise part
         if isinstance(part, Partial) and self.window:
             self._taken += 1
-            if self._taken + self.window - self._granted >= max(1, self.window // 2) and self.grant is not None:
-                self._granted = self._taken + self.window
-                self.grant(self._granted)
+            if self._taken + self.window - self.granted >= max(1, self.window // 2) and self.grant is not None:
+                self.granted = self._taken + self.window
+                self.grant(self.granted)
         return part
 
     def _put(self, part: Partial | Final | RalmqError) -> None:

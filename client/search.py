@@ -8,11 +8,11 @@ from ..schema.errors import WorkerFailed
 from .results import Hits, Reply
 
 
-def search_request(vectors: Any, k: int, nprobe: int | None) -> tuple[dict[str, Any], list[Any]]:
+def search_request(vectors: Any, k: int, nprobe: int | None, payloads: bool) -> tuple[dict[str, Any], list[Any]]:
     """Body and tensors of a search; one vector [d] counts as one query."""
     if isinstance(vectors, np.ndarray | list | tuple):
         vectors = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
-    body = {"k": k, "payloads": True}
+    body: dict[str, Any] = {"k": k, "following": False, "payloads": payloads}
     return (body if nprobe is None else {**body, "nprobe": nprobe}), [vectors]
 
 

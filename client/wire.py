@@ -1,4 +1,7 @@
-"""One DEALER in the event loop: frames out and in, in order, never blocking. Knows bytes, not messages."""
+"""One DEALER in the event loop: frames out and in, in order, never blocking. Knows bytes, not messages.
+
+The descriptor is edge-triggered: each call may take the edge of an arrival, so after each the socket is asked again.
+"""
 
 import asyncio
 from collections import deque
@@ -11,7 +14,6 @@ from ..schema.errors import Refused
 from ..schema.limits import MAX_FRAMES, MAX_MESSAGE
 
 BATCH: Final = 64  # messages a pass, so that timers and other tasks get their turn
-RETRY: Final = 0.01  # seconds until a socket that took nothing is tried again
 HEARTBEAT_MS: Final = 500
 HEARTBEAT_TIMEOUT_MS: Final = 2000
 LINGER_MS: Final = 500
@@ -25,18 +27,25 @@ class Wire:
     Args:
         url: tcp://host:port, ipc://path or inproc://name.
         take: called with the frames (memoryviews) of each message, within the event loop.
+        cut: called when the connection has ended; what was on its way is lost. inproc does not tell.
         context: shared with the broker for inproc; else the process has one.
 
     Raises:
         Refused: the url is no address.
     """
 
-    def __init__(self, url: str, take: Callable[[list[Any]], None], context: zmq.Context[Any] | None) -> None:
+    def __init__(
+        self,
+        url: str,
+        take: Callable[[list[Any]], None],
+        cut: Callable[[], None],
+        context: zmq.Context[Any] | None,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._take = take
+        self._cut = cut
         self._waiting: deque[list[Any]] = deque()
         self._pumping = False
-        self._timer: asyncio.TimerHandle | None = None
         self._socket: zmq.Socket[bytes] = (context or zmq.Context.instance()).socket(zmq.DEALER)
         for option, value in _OPTIONS:
             self._socket.setsockopt(option, value)
@@ -45,25 +54,31 @@ class Wire:
         except zmq.ZMQError as error:
             self._socket.close(0)
             raise Refused(f"{url} is no broker address ({error.strerror}): give tcp://host:port") from None
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._loop.add_reader(self._socket.fileno(), self._pump)
+        self._loop.add_reader(self._monitor.fileno(), self._disconnected)
         self._pump_soon()
+
+    @property
+    def blocked(self) -> bool:
+        """Whether something waits: there is no connection, or the other side takes nothing."""
+        return bool(self._waiting)
 
     def send(self, frames: list[Any]) -> None:
         """Sends, or keeps in order until the socket takes it."""
         if self._waiting or not self._put(frames):
             self._waiting.append(frames)
-            if self._timer is None:
-                self._timer = self._loop.call_later(RETRY, self._flush)
-        self._pump_soon()  # the descriptor is edge-triggered: a send may have taken the edge of an arrival
+        self._pump_soon()
 
     def forget(self) -> None:
         """Drops what is kept: it was meant for a broker that is no more."""
         self._waiting.clear()
 
     def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
         self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_reader(self._monitor.fileno())
+        self._socket.disable_monitor()
+        self._monitor.close(0)
         self._socket.close(LINGER_MS)
 
     def _put(self, frames: list[Any]) -> bool:
@@ -73,24 +88,18 @@ class Wire:
             return False
         return True
 
-    def _flush(self) -> None:
-        self._timer = None
-        while self._waiting and self._put(self._waiting[0]):
-            self._waiting.popleft()
-        if self._waiting:
-            self._timer = self._loop.call_later(RETRY, self._flush)
-        self._pump_soon()
-
     def _pump_soon(self) -> None:
         if not self._pumping:
             self._pumping = True
             self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
+        """Takes what has arrived, at most a batch, and sends what waits as far as the socket takes it."""
         self._pumping = False
-        receive = self._socket.recv
         if self._socket.closed:
             return
+        receive = self._socket.recv
+        more = True
         try:
             for _ in range(BATCH):
                 frame = receive(zmq.NOBLOCK, copy=False)
@@ -103,13 +112,29 @@ class Wire:
                 if self._socket.closed:
                     return
         except zmq.Again:
-            if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
-                return
-        self._pump_soon()
+            more = False
+        except BaseException:  # one message that cannot be served must not leave those behind it without an edge
+            self._pump_soon()
+            raise
+        while self._waiting and self._put(self._waiting[0]):
+            self._waiting.popleft()
+        if more or int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            self._pump_soon()
+
+    def _disconnected(self) -> None:
+        cut = False
+        try:
+            while True:
+                self._monitor.recv_multipart(zmq.NOBLOCK)
+                cut = True
+        except zmq.Again:
+            if cut:
+                self._cut()
 
 
 _OPTIONS = (
     (zmq.LINGER, LINGER_MS),
+    (zmq.IMMEDIATE, 1),  # what was meant for one connection is void on the next, and must not come first there
     (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
     (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
     (zmq.RECONNECT_IVL, RECONNECT_MS),

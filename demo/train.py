@@ -175,7 +175,7 @@ def reporter(progress: Progress, task: TaskID, data: Data, every: int) -> Report
         progress.update(task, description=text)
         if run.step % every == 0:
             bits = bits_per_byte(run.model, data.held_out, data.held_out_bytes, run.settings.context)
-            progress.console.print(f"{text}  {run.seconds / 60:.1f} min  held out {bits:.4f} bits/byte")
+            progress.console.print(f"{text}  {run.seconds / 60:.1f} min  held out {bits:.4f} bits/byte", soft_wrap=True)
 
     return report
 

@@ -221,6 +221,8 @@ def _packed(value: Any, section: str, most: int) -> bytes:
 
 
 def _not_packed(value: Any) -> Any:
+    if isinstance(value, int):
+        raise Malformed("a whole number in a body must lie between -2^63 and 2^64 - 1: send it as text")
     name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     if hasattr(value, "dtype"):
         raise Malformed(f"a {name} cannot travel in a body: convert a number with .item(), pass an array as a tensor")

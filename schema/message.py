@@ -219,12 +219,16 @@ class Form:
 class Step:
     """One hop of a micro-batch; the prefix's id is the pipeline. Way there: rows and hidden states; back: returns.
 
+    `ended` lists sequences that the last stage is to forget. `batch` numbers the micro-batch; a RETURN that carries
+    the number says that it has left the pipeline, one with 0 brings rows that had been parked.
+
     Tensors on the way there: token ids or hidden states [sum of lengths, d], then int32 prompt ids of `starts`, joined.
     """
 
     rows: Annotated[tuple[Row, ...], in_body(list_of(_ROW, MAX_ROWS))] = ()
     starts: Annotated[tuple[Start, ...], in_body(list_of(_START, MAX_ROWS))] = ()
     returns: Annotated[tuple[Return, ...], in_body(list_of(_RETURN, MAX_ROWS))] = ()
+    ended: Annotated[tuple[Active, ...], in_body(list_of(_ACTIVE, MAX_ROWS))] = ()
     batch: Annotated[int, in_body(COUNTER)] = 0
     tensors: Sequence[Any] = ()
 

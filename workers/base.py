@@ -1,15 +1,18 @@
 """What a worker class is. Knows requests and replies; no socket, no event loop of its own."""
 
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from ..schema.frame import Prefix
+from ..schema.message import Beat, Span
 from ..schema.tensor import Tensor
 
 if TYPE_CHECKING:
     from .host import Host
 
 Answer = Any  # None, a map, or (map, tensors); see `answer_parts`
+ELSEWHERE: Final = object()  # an answer that another peer sends: the last stage of a pipeline, for its leader
 
 
 @dataclass(slots=True)
@@ -32,6 +35,7 @@ class Request:
     deadline: float = 0.0
     until: int = 0  # parts that may be sent; 0 for no bound
     ending: dict[str, Any] = field(default_factory=dict)  # what a stream says at its end
+    granted: Callable[[], None] | None = None  # called when `until` has grown
 
 
 class Worker:
@@ -71,7 +75,8 @@ class Worker:
     def handle(self, request: Request) -> Awaitable[Answer] | AsyncIterator[Answer]:
         """Serves a request: a coroutine that returns its answer, or an async generator whose yields are parts.
 
-        An answer is None, a map, or a pair of a map and a list of tensors. When the asker gives up, the coroutine
+        An answer is None, a map, or a pair of a map and a list of tensors, which must not change afterwards: large ones
+        are sent from where they lie. When the asker gives up, the coroutine
         is cancelled. What it raises reaches the asker: ralmq errors as they are, others as WorkerFailed.
         """
         raise NotImplementedError(f"{type(self).__name__} has no handle()")
@@ -79,6 +84,23 @@ class Worker:
     async def handle_batch(self, requests: list[Request]) -> list[Answer]:
         """Serves several requests at once; one answer each, or an exception object in its place."""
         raise NotImplementedError(f"{type(self).__name__} has max_batch > 1 and no handle_batch()")
+
+    # -- for workers that are part of the machinery, such as a pipeline stage
+
+    @property
+    def span(self) -> Span | None:
+        """The layers that a pipeline stage offers; known once `start` is done."""
+        return None
+
+    def take(self, prefix: Prefix, message: Any) -> None:
+        """A message that is no request and about none in hand: FORM, STEP, GONE of a pipeline."""
+
+    def forgotten(self) -> None:
+        """The broker forgot this worker: whatever it had in hand is void."""
+
+    def beat(self, beat: Beat) -> Beat:
+        """The BEAT that is about to be sent, which counts the turns of the event loop as progress."""
+        return beat
 
 
 def answer_parts(answer: Answer) -> tuple[dict[str, Any], Sequence[Any]]:

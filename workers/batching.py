@@ -1,60 +1,97 @@
 """Dynamic batching: requests that arrive close together are served in one call. Knows no message."""
 
 import asyncio
-from collections import deque
+from typing import Any
 
+from ..schema.errors import RequestCancelled, WorkerFailed
 from .base import Answer, Request, Worker
+
+Waiting = dict[asyncio.Future[Answer], Request]
 
 
 class Batcher:
-    """Collects up to `worker.max_batch` requests, or as many as come within `worker.max_wait` seconds."""
+    """Collects up to `worker.max_batch` requests, or as many as come within `worker.max_wait` seconds.
+
+    One batch is served at a time, so that the next one fills meanwhile.
+    """
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._waiting: deque[tuple[Request, asyncio.Future[Answer]]] = deque()
+        self._waiting: Waiting = {}
+        self._served: Waiting = {}
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._call: asyncio.Task[Any] | None = None
 
     async def submit(self, request: Request) -> Answer:
-        """The answer to one request, computed with others."""
+        """The answer to one request, computed with others; cancelled, the others go on."""
         loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
+        self._waiting[future] = request
+        self._arrived.set()
         if self._task is None or self._task.done():
             self._task = loop.create_task(self._run())
-        future: asyncio.Future[Answer] = loop.create_future()
-        self._waiting.append((request, future))
-        self._arrived.set()
-        return await future
+        try:
+            return await future
+        finally:
+            if future.cancelled():
+                self._given_up(future)
+
+    async def close(self) -> None:
+        """Ends what is being served."""
+        tasks = [task for task in (self._task, self._call) if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _given_up(self, future: asyncio.Future[Answer]) -> None:
+        self._waiting.pop(future, None)
+        if future in self._served and self._call is not None and all(other.done() for other in self._served):
+            self._call.cancel()  # nobody waits for any of the answers
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
+        worker = self._worker
         while self._waiting:
-            end = loop.time() + self._worker.max_wait
-            while len(self._waiting) < self._worker.max_batch and (left := end - loop.time()) > 0:
-                self._arrived.clear()
-                try:
-                    await asyncio.wait_for(self._arrived.wait(), left)
-                except TimeoutError:
-                    break
-            batch: list[tuple[Request, asyncio.Future[Answer]]] = []
-            while self._waiting and len(batch) < self._worker.max_batch:
-                request, future = self._waiting.popleft()
-                if not future.done():  # its asker gave up while it waited
-                    batch.append((request, future))
+            if worker.max_wait and len(self._waiting) < worker.max_batch:
+                await self._fill()
+            batch = dict(list(self._waiting.items())[: worker.max_batch])
+            for future in batch:
+                del self._waiting[future]
             if batch:
                 await self._serve(batch)
 
-    async def _serve(self, batch: list[tuple[Request, asyncio.Future[Answer]]]) -> None:
-        answers: list[Answer]
+    async def _fill(self) -> None:
         try:
-            answers = await self._worker.handle_batch([request for request, _ in batch])
-            if len(answers) != len(batch):
-                raise TypeError(f"handle_batch got {len(batch)} requests and returned {len(answers)} answers")
-        except Exception as error:
-            answers = [error] * len(batch)
-        for (_, future), answer in zip(batch, answers, strict=True):
+            async with asyncio.timeout(self._worker.max_wait):
+                while len(self._waiting) < self._worker.max_batch:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        except TimeoutError:
+            pass
+
+    async def _serve(self, batch: Waiting) -> None:
+        self._served = batch
+        self._call = asyncio.ensure_future(self._worker.handle_batch(list(batch.values())))
+        await asyncio.wait([self._call])
+        for future, answer in zip(batch, self._answers(self._call, len(batch)), strict=True):
             if future.done():
-                continue
+                continue  # its asker gave up
             if isinstance(answer, Exception):
                 future.set_exception(answer)
             else:
                 future.set_result(answer)
+
+    def _answers(self, call: asyncio.Task[Any], count: int) -> list[Answer]:
+        """What the worker returned, or its failure once for each request."""
+        if call.cancelled():
+            return [RequestCancelled("the batch was cancelled")] * count
+        error = call.exception()
+        if error is not None:
+            return [error] * count
+        answers = call.result()
+        if isinstance(answers, list | tuple) and len(answers) == count:
+            return list(answers)
+        returned = f"{len(answers)} answers" if isinstance(answers, list | tuple) else f"a {type(answers).__name__}"
+        text = f"handle_batch got {count} requests and returned {returned}: it must return a list, one answer each"
+        return [WorkerFailed(text)] * count

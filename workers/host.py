@@ -5,7 +5,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import zmq
 
@@ -13,12 +13,17 @@ from ..client.client import Client
 from ..client.link import Link
 from ..schema.errors import Malformed, RalmqError, RequestCancelled, WorkerFailed
 from ..schema.frame import Prefix
-from ..schema.message import Active, Beat, Cancel, Credit, Error, Final, Gone, Hello, Partial, Release, Span
+from ..schema.limits import MAX_ACTIVE
+from ..schema.message import Active, Beat, Cancel, Credit, Error, Gone, Hello, Partial, Release
+from ..schema.message import Final as End
 from ..schema.message import Request as Asked
-from .base import Request, Worker, answer_parts
+from .base import ELSEWHERE, Request, Worker, answer_parts
 from .batching import Batcher
 
 log = logging.getLogger("ralmq.worker")
+DRAIN: Final = 30.0  # seconds that requests in hand are given to end
+CLEAN_UP: Final = 1.0  # seconds that cancelled handlers are given
+TURN: Final = 64  # parts after which a stream that never waits lets others run
 Key = tuple[bytes, int]  # id and attempt
 
 
@@ -27,13 +32,15 @@ class Job:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.task: asyncio.Task[Final] | None = None
+        self.task: asyncio.Task[End | None] | None = None
         self._more = asyncio.Event()
 
     def grant(self, until: int) -> None:
         if until > self.request.until:
             self.request.until = until
             self._more.set()
+            if self.request.granted is not None:
+                self.request.granted()
 
     async def may_send(self, sequence: int) -> None:
         """Waits until the reader takes part number `sequence`."""
@@ -53,12 +60,13 @@ class Host:
 
     def __init__(self, worker: Worker, url: str, *, name: str = "", context: zmq.Context[Any] | None = None) -> None:
         self.worker = worker
-        self.span: Span | None = None
         self._kind = name or type(worker).__name__.lower()
         self._url = url
         self._context = context
         self._jobs: dict[Key, Job] = {}
+        self._tasks: set[asyncio.Task[End | None]] = set()  # those that the broker has forgotten, too
         self._turns = 0
+        self._closed = False
         self._batcher = Batcher(worker) if worker.max_batch > 1 else None
         worker.host = self
 
@@ -69,57 +77,71 @@ class Host:
             NoBroker, Refused: see Link.open.
         """
         await self.worker.start()
+        try:
+            await self._announce(wait)
+        except BaseException:
+            await self.worker.stop()
+            raise
+
+    async def _announce(self, wait: float) -> None:
         hello = Hello(
             bytes(16),
             self._kind,
             services=self.worker.services,
-            capacity=self.worker.capacity,
+            capacity=max(self.worker.capacity, self.worker.max_batch),
             idempotent=self.worker.idempotent,
             stall_ms=int(self.worker.stall_limit * 1000),
             labels=self.worker.labels,
-            span=self.span,
+            span=self.worker.span,
         )
-        self.link = Link(self._url, hello, take=self._take, welcomed=self._anew, beat=self._beat, context=self._context)
+        self.link = Link(self._url, hello, take=self._take, lost=self._forgotten, beat=self._beat, context=self._context)
         suffix = self.link.hello.nonce[:2].hex()
         self.link.hello = replace(self.link.hello, name=f"{self._kind}-{suffix}")
         self.client = Client(self.link, wait)
         await self.link.open(wait)
 
-    async def drain(self) -> None:
-        """Ends in order: no new requests, those in hand are finished, then the link is closed."""
-        await self.link.leave()
-        if self._jobs:
-            await asyncio.wait([job.task for job in self._jobs.values() if job.task is not None], timeout=1.0)
+    async def drain(self, within: float = DRAIN) -> None:
+        """Ends in order: no new requests, those in hand are finished, then the link is closed.
+
+        Args:
+            within: seconds after which what is still in hand is cancelled.
+        """
+        try:
+            async with asyncio.timeout(within):
+                await self.link.leave()
+        except TimeoutError:
+            log.warning("%s still had %d requests after %g s", self._kind, len(self._jobs), within)
         await self.close()
 
     async def close(self) -> None:
-        """Ends at once."""
-        self._anew()
+        """Ends at once; what is in hand is cancelled. Calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._forgotten()
         self.link.close()
-        await self.worker.stop()
-
-    # -- what a worker may override or call
-
-    def take(self, prefix: Prefix, message: Any) -> None:
-        """Messages that are neither requests nor about one; a stage serves them (see stage/)."""
-
-    def beat(self) -> Beat:
-        """Progress of a coroutine worker is the turns of its event loop."""
-        self._turns += 1
-        active = tuple(Active(*key) for key in list(self._jobs)[:128])
-        return Beat(self._turns, len(self._jobs), active)
+        try:
+            if self._batcher is not None:
+                await self._batcher.close()
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=CLEAN_UP)
+        finally:
+            await self.worker.stop()
 
     # -- inside
 
     def _beat(self) -> Beat:
-        return self.beat()
+        self._turns += 1
+        active = tuple(Active(*key) for key in list(self._jobs)[:MAX_ACTIVE])
+        return self.worker.beat(Beat(self._turns, len(self._jobs), active))
 
-    def _anew(self) -> None:
+    def _forgotten(self) -> None:
         """The broker has forgotten all that was in hand: nobody waits for it."""
         for job in list(self._jobs.values()):
             if job.task is not None:
                 job.task.cancel()
         self._jobs.clear()
+        self.worker.forgotten()
 
     def _take(self, prefix: Prefix, message: Any) -> None:
         key = (prefix.id, prefix.attempt)
@@ -132,7 +154,7 @@ class Host:
         elif isinstance(message, Credit) and key in self._jobs:
             self._jobs[key].grant(message.until)
         else:
-            self.take(prefix, message)
+            self.worker.take(prefix, message)
 
     def _accept(self, prefix: Prefix, asked: Asked) -> None:
         loop = asyncio.get_running_loop()
@@ -141,45 +163,58 @@ class Host:
         job = Job(request)
         self._jobs[prefix.id, prefix.attempt] = job
         job.task = loop.create_task(self._answer(job))
+        self._tasks.add(job.task)
         job.task.add_done_callback(lambda task: self._done(job, task))
 
-    def _done(self, job: Job, task: asyncio.Task[Final]) -> None:
+    def _done(self, job: Job, task: asyncio.Task[End | None]) -> None:
         """The one end of a job; a callback, since a task that is cancelled before its first step runs no code."""
+        self._tasks.discard(task)
         request = job.request
         key = (request.id, request.attempt)
-        if self._jobs.get(key) is not job:
-            return  # the broker forgot it
-        del self._jobs[key]
-        error = None if task.cancelled() else task.exception()
-        if task.cancelled():
-            self._end(key, Error(RequestCancelled.code, "cancelled"))
-        elif error is None:
-            self._end(key, task.result())
-        elif isinstance(error, RalmqError):
-            self._end(key, Error(error.code, error.message[:2000], int(error.retry_after * 1000)))
-        else:
-            log.error("%s failed in request %s", self._kind, request.id.hex(), exc_info=error)
-            text = f"{self._kind} failed: {type(error).__name__}: {error}"
-            self._end(key, Error(WorkerFailed.code, f"{text[:1900]} (its log has the place)"))
-
-    def _end(self, key: Key, ending: Final | Error) -> None:
+        current = self._jobs.get(key) is job
+        if current:
+            del self._jobs[key]
         try:
-            self.link.send(ending, id=key[0], attempt=key[1])
-        except Malformed as error:
-            text = f"the answer of {self._kind} cannot travel: {error.message}"
-            self.link.send(Error(WorkerFailed.code, text[:2000]), id=key[0], attempt=key[1])
+            ending = self._ending(request, task)
+            if ending is not None and current:  # else another peer has sent it, or the broker forgot the request
+                self.link.send(ending, id=key[0], attempt=key[1])
+        except Exception as error:  # whatever is wrong with an answer, its request must end
+            reason = error.message if isinstance(error, RalmqError) else f"{type(error).__name__}: {error}"
+            text = f"the answer of {self._kind} cannot travel: {reason}"
+            self.link.send(Error(WorkerFailed.code, text), id=key[0], attempt=key[1])
 
-    async def _answer(self, job: Job) -> Final:
+    def _ending(self, request: Request, task: asyncio.Task[End | None]) -> End | Error | None:
+        if task.cancelled():
+            return Error(RequestCancelled.code, "cancelled")
+        error = task.exception()
+        if error is None:
+            return task.result()
+        if isinstance(error, RalmqError):
+            return Error(error.code, error.message, int(error.retry_after * 1000))
+        log.error("%s failed in request %s", self._kind, request.id.hex(), exc_info=error)
+        text = f"{self._kind} failed: {type(error).__name__}: {error}"
+        return Error(WorkerFailed.code, f"{text[:1900]} (its log has the place)")
+
+    async def _answer(self, job: Job) -> End | None:
         request = job.request
         if self._batcher is not None:
-            return Final(*answer_parts(await self._batcher.submit(request)))
+            return End(*answer_parts(await self._batcher.submit(request)))
         answer = self.worker.handle(request)
         if not isinstance(answer, AsyncIterator):
-            return Final(*answer_parts(await answer))
+            ended = await answer
+            return None if ended is ELSEWHERE else End(*answer_parts(ended))
         sequence = 0
         async with contextlib.aclosing(answer) as parts:  # type: ignore[type-var]
             async for part in parts:
                 await job.may_send(sequence)
-                self.link.send(Partial(*answer_parts(part)), id=request.id, attempt=request.attempt, sequence=sequence)
+                self._send_part(request, sequence, Partial(*answer_parts(part)))
                 sequence += 1
-        return Final(request.ending)
+                if not sequence % TURN:
+                    await asyncio.sleep(0)
+        return End(request.ending)
+
+    def _send_part(self, request: Request, sequence: int, part: Partial) -> None:
+        try:
+            self.link.send(part, id=request.id, attempt=request.attempt, sequence=sequence)
+        except Malformed as error:
+            raise WorkerFailed(f"part {sequence} of {self._kind}'s answer cannot travel: {error.message}") from None

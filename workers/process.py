@@ -7,15 +7,19 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from typing import Final
 
 from .base import Worker
 from .host import Host
 
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 PARENT_PIPE = "RALMQ_PARENT_PIPE"  # environment: number of the descriptor whose end of file means: the parent is gone
 
 
 def run(worker: Worker, url: str, *, name: str = "", wait: float = float("inf")) -> None:
     """Serves until SIGTERM or SIGINT, then drains: requests in hand are finished, no new ones are taken.
+
+    A second signal ends the process at once.
 
     Raises:
         RalmqError: the worker or its link cannot start.
@@ -27,8 +31,14 @@ async def _run(worker: Worker, url: str, name: str, wait: float) -> None:
     host = Host(worker, url, name=name)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+
+    def stopped() -> None:
+        stop.set()
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
+    for number in SIGNALS:
+        loop.add_signal_handler(number, stopped)
     if os.environ.get(PARENT_PIPE):
         watch_parent(int(os.environ[PARENT_PIPE]), lambda: loop.call_soon_threadsafe(stop.set))
     opening = loop.create_task(host.open(wait))
@@ -40,12 +50,10 @@ async def _run(worker: Worker, url: str, name: str, wait: float) -> None:
             await opening
         return
     await opening
-    print(
-        f"{host.link.hello.name} serves {', '.join(worker.services) or 'a span'} at {url}", file=sys.stderr, flush=True
-    )
+    serves = ", ".join(worker.services) or "a span"
+    print(f"{host.link.hello.name} serves {serves} at {url}", file=sys.stderr, flush=True)
     await stopping
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(host.drain(), timeout=10.0)
+    await host.drain()
 
 
 def watch_parent(descriptor: int, gone: Callable[[], object]) -> None:

@@ -271,13 +271,13 @@ def test_fingerprint_changes_with_dtype_name_and_shape(copy: Path, llama: Path) 
         lambda tensors: tensors.update({"extra": torch.zeros(2)}),
         lambda tensors: tensors.update({"extra": torch.zeros(2, 1)}),
         lambda tensors: tensors.update({"extra": torch.zeros(2, 1, dtype=torch.int32)}),
-        lambda tensors: tensors.update({"other": tensors.pop("extra")}),
+        lambda tensors: tensors.update({"extra2": tensors.pop("extra")}),
     ]
     for change in changes:
         rewrite(copy, change)
         seen.add(Checkpoint(copy).fingerprint())
     assert len(seen) == 5
-    rewrite(copy, lambda tensors: tensors.pop("other"))
+    rewrite(copy, lambda tensors: tensors.pop("extra2"))
     assert Checkpoint(copy).fingerprint() == original
 
 

@@ -124,6 +124,11 @@ def test_the_highest_draw_never_takes_an_impossible_token(monkeypatch: pytest.Mo
             assert p[choose(p, params, 0)] > 0.0
 
 
+def test_a_draw_on_a_boundary_takes_the_later_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ralmq.workers.engine.sample.uniform", lambda seed, position: 0.5)
+    assert choose(np.array([0.25, 0.5, 0.25]), SamplingParams(1.0), 0) == 0
+
+
 def test_probabilities_are_a_float64_softmax() -> None:
     logits = np.array([[1e4, 1e4 - 1, -1e4], [0.0, 1.0, 2.0]], dtype=np.float32)
     p = probabilities(logits)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ralmq.schema.codec import decode, encode
+from ralmq.schema.message import Final
 from ralmq.workers.index.answer import answer
 from ralmq.workers.index.store import BadQuery, OpenIndex, open_index
 from ralmq.workers.index.stream import TokenStream
@@ -45,21 +47,21 @@ def test_hits_and_what_follows_them(index: OpenIndex) -> None:
     assert answer(index, {}, [QUERIES])[1][0].shape == (3, 10)
 
 
-def test_passages(index: OpenIndex) -> None:
-    body, arrays = answer(index, {"k": 20, "passages": True, "following": False}, [QUERIES])
-    ids, _, windows, splits, documents, starts = arrays
-    assert windows.shape == (3, 20, 32) and windows.dtype == np.int32
-    assert sorted(body["documents"]) == ["a.txt", "c.txt"]
-    for place in np.ndindex(ids.shape):
-        passage = index.passages(ids[place].reshape(1))[0]
-        tokens = windows[place]
-        if passage is None:
-            assert (tokens == -1).all() and documents[place] == -1
-            continue
-        assert tokens[tokens >= 0].tolist() == passage.tokens.tolist()
-        assert body["documents"][documents[place]] == passage.document
-        assert (splits[place], starts[place]) == (passage.split, passage.start)
-    assert (ids == -1).sum() == 9
+def test_payloads(index: OpenIndex) -> None:
+    body, (ids, _) = answer(index, {"k": 20, "payloads": True, "following": False}, [QUERIES])
+    assert [len(row) for row in body["payloads"]] == [20, 20, 20]
+    for row, found in zip(ids, body["payloads"], strict=True):
+        for passage, payload in zip(index.passages(row), found, strict=True):
+            if passage is None:
+                assert payload == {}
+                continue
+            assert payload == {
+                "document": passage.document,
+                "start": passage.start,
+                "split": passage.split,
+                "tokens": passage.tokens.tolist(),
+            }
+    assert sum(payload == {} for row in body["payloads"] for payload in row) == (ids == -1).sum() == 9
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_passages(index: OpenIndex) -> None:
     [
         ({"K": 3}, [QUERIES], "unknown field K"),
         ({3: 3}, [QUERIES], "unknown field 3"),
-        ({"passages": "yes"}, [QUERIES], "passages is 'yes'; send true or false"),
+        ({"payloads": "yes"}, [QUERIES], "payloads is 'yes'; send true or false"),
         ({"info": []}, [], "info is []"),
         ({}, [], "0 arrays came; send one"),
         ({}, [QUERIES, QUERIES], "2 arrays came"),
@@ -83,10 +85,13 @@ def test_requests_that_are_refused(index: OpenIndex, body: dict[Any, Any], array
     assert said in str(caught.value)
 
 
-def test_too_many_passages(build: Callable[..., Path]) -> None:
-    stream = TokenStream(np.zeros(1200, np.int32), ("a",), np.array([0]))
-    vectors = np.zeros((1199, 4), np.float32)
-    index = open_index(build(vectors=vectors, stream=stream, entries=stream.entries()))
-    with pytest.raises(BadQuery, match="passages of 1025 hits; ask for at most 1024"):
-        answer(index, {"k": 205, "passages": True}, [np.zeros((5, 4), np.float32)])
-    assert len(answer(index, {"k": 1024, "passages": True}, [np.zeros((1, 4), np.float32)])[1]) == 7
+def test_payloads_fit_a_message(build: Callable[..., Path]) -> None:
+    """The most there may be, with names and token ids as long as they come, and one more."""
+    stream = TokenStream(np.full(1200, 1 << 30, np.int32), ("x" * 3000,), np.array([0]))
+    index = open_index(build(vectors=np.zeros((1199, 4), np.float32), stream=stream, entries=stream.entries()))
+    body, arrays = answer(index, {"k": 1024, "payloads": True}, [np.zeros((2, 4), np.float32)])
+    sent = encode(Final(body, arrays))
+    received = decode(sent)[1]
+    assert received.body == body and received.body["payloads"][1][1023]["document"] == "x" * 128
+    with pytest.raises(BadQuery, match="payloads of 2049 hits; ask for at most 2048"):
+        answer(index, {"k": 683, "payloads": True}, [np.zeros((3, 4), np.float32)])

@@ -3,18 +3,19 @@
 import asyncio
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
-from index_scorer import Part, Scorer
-from ralmq.schema.errors import Busy, Refused
+from index_scorer import Parts, Scorer, Spoil, reply
+from ralmq.client.results import Reply
+from ralmq.schema.errors import Busy, Refused, WorkerFailed, WorkerLost
 from ralmq.workers.index import datastore
 from ralmq.workers.index.datastore import build_datastore
 from ralmq.workers.index.directory import OutputError
-from ralmq.workers.index.evaluate import evaluate_bits, model_bits, score_held_out
+from ralmq.workers.index.evaluate import evaluate_bits, model_bits, retrieve, score_held_out, trigram_bits
+from ralmq.workers.index.ngram import Trigram
 from ralmq.workers.index.score import ScoreError, describe, score
 from ralmq.workers.index.sources import Document, SourceError
 from ralmq.workers.index.store import open_index
@@ -65,18 +66,17 @@ def test_keys_belong_to_their_entries(scorer: Scorer, words: Tokenizer, tmp_path
     assert row == len(found.entries)
 
 
-def test_a_few_windows_are_in_flight(scorer: Scorer, words: Tokenizer) -> None:
+def test_a_few_windows_are_in_flight(scorer: Scorer, words: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = tokenize(DOCUMENTS, words).stream
-    real = scorer.stream
+    real = Parts.__anext__
 
-    async def slow(*given: Any, **named: Any) -> Any:
-        async for part in real(*given, **named):
-            await asyncio.sleep(0)
-            yield part
+    async def slow(parts: Parts) -> Reply:
+        await asyncio.sleep(0)
+        return await real(parts)
 
-    scorer.stream = slow  # type: ignore[method-assign]
+    monkeypatch.setattr(Parts, "__anext__", slow)
     asyncio.run(score(scorer, model="tiny", stream=stream, in_flight=3))
-    assert scorer.most == 3
+    assert (scorer.most, scorer.now) == (3, 0)
 
 
 def test_progress_counts_every_entry(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
@@ -115,20 +115,20 @@ def test_bytes_are_those_of_the_predicted_tokens() -> None:
     assert tokenize([Document("x", "abcdef")], tokenizer, 4).scored_bytes == 3
 
 
-def drop(wanted: int) -> Callable[[Part], Part | None]:
+def drop(wanted: int) -> Spoil:
     return lambda part: None if part.body.get("position") == wanted else part
 
 
-def body(**fields: Any) -> Callable[[Part], Part]:
-    return lambda part: Part({**part.body, **fields}) if "fingerprint" in part.body else part
+def body(**fields: Any) -> Spoil:
+    return lambda part: reply({**part.body, **fields}) if "fingerprint" in part.body else part
 
 
-def tensors(change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, ...]]) -> Callable[[Part], Part]:
-    return lambda part: Part(part.body, change(*(x.numpy() for x in part.tensors))) if part.tensors else part
+def tensors(change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, ...]]) -> Spoil:
+    return lambda part: reply(part.body, *change(*(x.numpy() for x in part.tensors))) if part.tensors else part
 
 
-def renumber(part: Part) -> Part:
-    return Part({**part.body, "position": 0}, tuple(x.numpy() for x in part.tensors)) if part.tensors else part
+def position(value: Any) -> Spoil:
+    return lambda part: Reply({**part.body, "position": value}, part.tensors) if part.tensors else part
 
 
 @pytest.mark.parametrize(
@@ -137,24 +137,23 @@ def renumber(part: Part) -> Part:
         (drop(0), "do not cover them"),
         (drop(5), "do not cover them"),
         (drop(10), "do not cover them"),
-        (lambda part: None if "fingerprint" in part.body else part, "no summary"),
-        (renumber, "position 0 twice"),
-        (lambda part: Part({"position": [0]}, (np.zeros((1, 4), np.float32), np.zeros(1, np.float32))), "is no number"),
+        (position(0), "position 0 twice"),
+        (position([0]), "is no number"),
+        (position(None), "is no number"),
         (tensors(lambda hidden, logp: (hidden,)), "1 tensors in a part"),
         (tensors(lambda hidden, logp: (hidden, logp[:-1])), "in a part"),
         (tensors(lambda hidden, logp: (hidden.astype(np.float64), logp)), "score sent float64"),
         (tensors(lambda hidden, logp: (hidden[:, :3].copy(), logp)), "keys of another width"),
         (tensors(lambda hidden, logp: (hidden * np.float32(np.nan), logp)), "not finite"),
         (tensors(lambda hidden, logp: (hidden, logp * np.float32(np.nan))), "not finite"),
+        (lambda part: None if "fingerprint" in part.body else part, "summary that lacks"),
         (body(d=0), "summary that lacks"),
         (body(context=1), "summary that lacks"),
         (body(vocab=None), "summary that lacks"),
         (body(fingerprint=7), "summary that lacks"),
     ],
 )
-def test_answers_that_do_not_fit(
-    scorer: Scorer, words: Tokenizer, tmp_path: Path, spoil: Callable[[Part], Part | None], said: str
-) -> None:
+def test_answers_that_do_not_fit(scorer: Scorer, words: Tokenizer, tmp_path: Path, spoil: Spoil, said: str) -> None:
     honest = describe(scorer, "tiny")
     assert asyncio.run(honest).d == 4
     scorer.spoil = spoil
@@ -165,10 +164,8 @@ def test_answers_that_do_not_fit(
 
 
 def test_a_model_that_changes_on_the_way(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
-    def later(part: Part) -> Part:
-        if len(scorer.asked) > 4:
-            scorer.fingerprint = "g" * 16
-        return part
+    def later(part: Reply) -> Reply:
+        return reply({**part.body, "fingerprint": "g"}) if len(scorer.asked) > 4 and not part.tensors else part
 
     scorer.spoil = later
     with pytest.raises(ScoreError, match="became another model"):
@@ -181,14 +178,46 @@ def test_another_models_tokenizer(words: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_a_clients_error_arrives_as_it_is(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
-    def fail(part: Part) -> Part:
+    def fail(part: Reply) -> Reply:
         if len(scorer.asked) > 3:
-            raise Busy("full", retry_after=1.0)
+            raise WorkerLost("gone")
         return part
 
     scorer.spoil = fail
-    with pytest.raises(Busy, match="full"):
+    with pytest.raises(WorkerLost, match="gone"):
         build(scorer, words, tmp_path / "docs")
+    assert scorer.now == 0
+
+
+def test_a_busy_model_is_asked_again_after_its_time(
+    scorer: Scorer, words: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    real = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        await real(0)
+
+    def busy(part: Reply) -> Reply:
+        if len(scorer.asked) % 2:
+            raise Busy("full", retry_after=3.0)
+        return part
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    scorer.spoil = busy
+    manifest = build(scorer, words, tmp_path / "docs", in_flight=1)
+    assert manifest.ntotal == 108
+    assert len(slept) == len(scorer.asked) / 2 and all(3.0 <= seconds <= 3.3 for seconds in slept)
+
+    def always(part: Reply) -> Reply:
+        raise Busy("full", retry_after=3.0)
+
+    scorer.asked.clear()
+    scorer.spoil = always
+    with pytest.raises(Busy):
+        build(scorer, words, tmp_path / "other")
+    assert len(scorer.asked) == 9
 
 
 def test_a_bad_name_or_place_is_refused_before_anything_is_asked(
@@ -233,33 +262,81 @@ def test_cancelled_while_it_writes(
     asyncio.run(main())
 
 
-class Found(NamedTuple):
-    ids: np.ndarray
-    distances: np.ndarray
-    payloads: np.ndarray
-
-
 def test_bits_over_an_index_of_the_same_text(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
     """A store of the held-out text itself finds each position's own key at distance 0, so p_knn of the target is 1."""
     build(scorer, words, tmp_path / "docs")
-    index = open_index(tmp_path / "docs")
-
-    async def search(vectors: np.ndarray, k: int) -> Found:
-        ids, distances = index.search(vectors, k)
-        return Found(ids, distances, index.following(ids))
+    scorer.indexes["docs"] = open_index(tmp_path / "docs")
 
     async def main() -> None:
         held = await score_held_out(scorer, model="tiny", documents=DOCUMENTS, tokenizer=words)
         assert held.n_bytes == sum(len(document.text) - len(document.text.split(" ")[0]) for document in DOCUMENTS)
         p = np.exp(held.scored.logp.astype(np.float64))
-        found = await evaluate_bits(held, partial(search, k=1), lam=0.25, temperature=1.0)
+        told: list[tuple[str, int, int]] = []
+        found = await evaluate_bits(
+            scorer, "docs", held, lam=0.25, temperature=1.0, k=1, progress=lambda *step: told.append(step)
+        )
+        assert told == [("search", 108, 108)]
         assert found.model == model_bits(held)
         assert found.model == pytest.approx(-np.log2(p).sum() / held.n_bytes, abs=1e-12)
         assert found.knn == pytest.approx(-np.log2(0.25 + 0.75 * p).sum() / held.n_bytes, abs=1e-12)
         assert found.shuffled > found.knn
-        assert await evaluate_bits(held, partial(search, k=1), lam=0.25, temperature=1.0) == found
-        none = await evaluate_bits(held, partial(search, k=3), lam=0.0, temperature=1.0)
+        assert await evaluate_bits(scorer, "docs", held, lam=0.25, temperature=1.0, k=1, nprobe=4) == found
+        assert scorer.searched[1] == {"k": 1, "following": True}
+        assert scorer.searched[3] == {"k": 1, "following": True, "nprobe": 4}
+        none = await evaluate_bits(scorer, "docs", held, lam=0.0, temperature=1.0, k=3)
         assert none.knn == none.shuffled == pytest.approx(found.model, abs=1e-12)
+        table = Trigram.fit(held.scored.stream.tokens, 50, held.scored.stream.starts)
+        p_table = table.probability(held.scored.contexts, held.scored.targets)
+        wanted = -np.log2(0.25 * p_table + 0.75 * p).sum() / held.n_bytes
+        assert trigram_bits(held, table, lam=0.25) == pytest.approx(wanted, abs=1e-12)
+
+    asyncio.run(main())
+
+
+def test_queries_are_asked_in_parts(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
+    build(scorer, words, tmp_path / "docs")
+    index = scorer.indexes["docs"] = open_index(tmp_path / "docs")
+    documents = [Document("long", " ".join(f"w{i}" for i in RNG.integers(0, 50, 600)))]
+
+    async def main() -> None:
+        held = await score_held_out(scorer, model="tiny", documents=documents, tokenizer=words)
+        found = await retrieve(scorer, "docs", held, k=4)
+        assert len(scorer.searched) == 1 + 3
+        ids, distances = index.search(held.scored.hidden, 4)
+        assert found.ids.tolist() == ids.tolist() and found.distances.tolist() == distances.tolist()
+        assert found.values.tolist() == index.following(ids)[..., 0].tolist()
+
+    asyncio.run(main())
+
+
+def test_an_index_of_another_model_is_not_evaluated(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
+    build(scorer, words, tmp_path / "docs")
+    scorer.indexes["docs"] = open_index(tmp_path / "docs")
+    scorer.fingerprint = "g" * 16
+
+    async def main() -> None:
+        held = await score_held_out(scorer, model="tiny", documents=DOCUMENTS, tokenizer=words)
+        with pytest.raises(Refused, match="the index docs was made by another model"):
+            await retrieve(scorer, "docs", held)
+
+    asyncio.run(main())
+
+
+def test_an_answer_without_payloads_is_refused(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
+    build(scorer, words, tmp_path / "docs")
+    scorer.indexes["docs"] = open_index(tmp_path / "docs")
+    real = scorer.request
+
+    async def fewer(*given: Any, **named: Any) -> Reply:
+        found = await real(*given, **named)
+        return Reply(found.body, found.tensors[:2])
+
+    scorer.request = fewer  # type: ignore[method-assign]
+
+    async def main() -> None:
+        held = await score_held_out(scorer, model="tiny", documents=DOCUMENTS, tokenizer=words)
+        with pytest.raises(WorkerFailed, match="other arrays than ids"):
+            await retrieve(scorer, "docs", held)
 
     asyncio.run(main())
 

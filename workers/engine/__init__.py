@@ -1,1 +1,1 @@
-"""Model blocks, weights, KV cache and sampling on torch and numpy; knows no socket, no message and nothing else of ours."""
+"""Model blocks, weights, KV cache, sampling (torch, numpy); knows no socket, no message and none of our folders."""

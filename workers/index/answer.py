@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .store import BadQuery, OpenIndex
-from .stream import PAD
+from .store import BadQuery, OpenIndex, Passage
 
-MAX_PASSAGES = 1024
+MAX_PAYLOADS = 2048  # hits whose payloads travel in one body, which holds 1 MiB
 CONTEXT = 16
-_FIELDS = {"k", "nprobe", "following", "passages", "info"}
+_NAME = 128
+_FIELDS = ("k", "nprobe", "following", "payloads", "info")
 
 Reply = tuple[dict[str, Any], list[NDArray[Any]]]
 
@@ -22,17 +22,18 @@ def answer(index: OpenIndex, body: Mapping[str, Any], arrays: Sequence[NDArray[A
     """The answer to one request of the service `search:<name>`.
 
     Body {"info": true} without arrays gives {"name", "d", "ntotal", "metric", "fingerprint", "model",
-    "tokens_per_payload"}. Else the body is {"k": 10, "nprobe": 8, "following": true, "passages": false} (all optional,
-    these are the defaults) with queries float32 [m, d]. The arrays of the answer, in this order: ids int64 [m, k],
-    distances float32 [m, k], with `following` payloads int32 [m, k, 8], and with `passages` (at most 1024 hits) windows
-    int32 [m, k, 32] of tokens (-1 behind their end), splits int32 [m, k] (how many tokens of a window are its entry's
-    context), documents int32 [m, k] (places in the body's list "documents", -1 = none) and starts int64 [m, k] (the
-    offset of the window in its document). Raises BadQuery.
+    "tokens_per_payload"}. Else the body is {"k": 10, "nprobe": 8, "following": true, "payloads": false} (all optional,
+    these are the defaults) with queries float32 [m, d]. The arrays of the answer are ids int64 [m, k], distances
+    float32 [m, k] and, with `following`, the tokens behind each hit int32 [m, k, 8]. With `payloads` (at most 2048
+    hits) its body holds "payloads": for each query a map for each hit, {"document": name, "start": offset of the window
+    in it, "split": how many tokens of the window are the hit's context, "tokens": window}, {} for id -1.
+
+    Raises BadQuery.
     """
     unknown = sorted(str(key) for key in body if key not in _FIELDS)
     if unknown:
-        raise BadQuery(f"unknown field {unknown[0]}; an index knows {', '.join(sorted(_FIELDS))}")
-    flags = {name: body.get(name, default) for name, default in (("info", 0), ("following", 1), ("passages", 0))}
+        raise BadQuery(f"unknown field {unknown[0]}; an index knows {', '.join(_FIELDS)}")
+    flags = {name: body.get(name, default) for name, default in (("info", 0), ("following", 1), ("payloads", 0))}
     wrong = [name for name, value in flags.items() if value not in (True, False)]
     if wrong:
         raise BadQuery(f"{wrong[0]} is {flags[wrong[0]]!r}; send true or false")
@@ -44,10 +45,7 @@ def answer(index: OpenIndex, body: Mapping[str, Any], arrays: Sequence[NDArray[A
     found: list[NDArray[Any]] = [ids, distances]
     if flags["following"]:
         found.append(index.following(ids))
-    if not flags["passages"]:
-        return {}, found
-    names, windows = _passages(index, ids)
-    return {"documents": names}, [*found, *windows]
+    return ({"payloads": _payloads(index, ids)} if flags["payloads"] else {}), found
 
 
 def _info(index: OpenIndex) -> dict[str, Any]:
@@ -63,17 +61,18 @@ def _info(index: OpenIndex) -> dict[str, Any]:
     }
 
 
-def _passages(index: OpenIndex, ids: NDArray[np.int64]) -> tuple[list[str], list[NDArray[Any]]]:
-    if ids.size > MAX_PASSAGES:
-        raise BadQuery(f"passages of {ids.size} hits; ask for at most {MAX_PASSAGES} at once")
-    windows = np.full((ids.size, 2 * CONTEXT), PAD, np.int32)
-    splits, documents = np.zeros(ids.size, np.int32), np.full(ids.size, -1, np.int32)
-    starts = np.zeros(ids.size, np.int64)
-    places: dict[str, int] = {}
-    for row, passage in enumerate(index.passages(ids.ravel(), CONTEXT, CONTEXT)):
-        if passage is not None:
-            windows[row, : len(passage.tokens)] = passage.tokens
-            splits[row], starts[row] = passage.split, passage.start
-            documents[row] = places.setdefault(passage.document, len(places))
-    columns: list[NDArray[Any]] = [splits, documents, starts]
-    return list(places), [windows.reshape(*ids.shape, -1), *(column.reshape(ids.shape) for column in columns)]
+def _payloads(index: OpenIndex, ids: NDArray[np.int64]) -> list[list[dict[str, Any]]]:
+    if ids.size > MAX_PAYLOADS:
+        raise BadQuery(f"payloads of {ids.size} hits; ask for at most {MAX_PAYLOADS} at once, or without payloads")
+    return [[_map(passage) for passage in index.passages(row, CONTEXT, CONTEXT)] for row in ids]
+
+
+def _map(passage: Passage | None) -> dict[str, Any]:
+    if passage is None:
+        return {}
+    return {
+        "document": passage.document[-_NAME:],
+        "start": passage.start,
+        "split": passage.split,
+        "tokens": passage.tokens.tolist(),
+    }

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from ...client.client import Client
 from .directory import check_replaceable
 from .manifest import Manifest
-from .score import IN_FLIGHT, Asker, score
+from .progress import Progress, silent
+from .score import IN_FLIGHT, score
 from .sources import Document
 from .tokenized import tokenize
-from .writer import OWN_FILES, Progress, check_name, silent, write_index
+from .writer import OWN_FILES, check_name, write_index
 
 
 class _Stopped(Exception):
@@ -22,7 +24,7 @@ class _Stopped(Exception):
 
 
 async def build_datastore(
-    client: Asker,
+    client: Client,
     *,
     model: str,
     name: str,

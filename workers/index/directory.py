@@ -9,8 +9,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...schema.errors import Refused
 
-class OutputError(ValueError):
+
+class OutputError(Refused, ValueError):
     """A place where no index can be written; one line that says which and what to do."""
 
 

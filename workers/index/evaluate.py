@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from ...client.client import Client
+from ...schema.errors import Refused, WorkerFailed
 from .knn_eval import bits_per_byte, knn_log_probability, mix
 from .ngram import Trigram
-from .score import IN_FLIGHT, Asker, Scored, score
+from .progress import Progress, silent
+from .score import IN_FLIGHT, Scored, score
 from .sources import Document
 from .tokenized import tokenize
-from .writer import Progress, silent
 
 _QUERIES_AT_ONCE = 256
-
-
-class Hits(Protocol):
-    """What a search answers: ids int64 [m, k], distances float32 [m, k], payloads int32 [m, k, 8]."""
-
-    @property
-    def ids(self) -> Any:
-        """-1 = none."""
-        ...
-
-    @property
-    def distances(self) -> Any:
-        """Squared L2."""
-        ...
-
-    @property
-    def payloads(self) -> Any:
-        """The tokens that follow each hit, its value first."""
-        ...
-
-
-Search = Callable[[NDArray[np.float32]], Awaitable[Hits]]
+_RESENDS = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +59,7 @@ class Bits:
 
 
 async def score_held_out(
-    client: Asker,
+    client: Client,
     *,
     model: str,
     documents: Sequence[Document],
@@ -93,17 +73,34 @@ async def score_held_out(
     return HeldOut(await score(client, model=model, stream=stream, in_flight=in_flight, progress=progress), n_bytes)
 
 
-async def retrieve(held: HeldOut, search: Search, progress: Progress = silent) -> Neighbours:
-    """The neighbours of every position of `held`; `search` fixes index, k and nprobe. Raises what `search` does."""
-    queries = held.scored.hidden
-    answers: list[Hits] = []
+async def retrieve(
+    client: Client, index: str, held: HeldOut, *, k: int = 10, nprobe: int | None = None, progress: Progress = silent
+) -> Neighbours:
+    """The neighbours of every position of `held` in `search:<index>`. `progress` hears of the stage search.
+
+    Raises Refused where the index was not made by the model that scored `held`, WorkerFailed for an answer that does
+    not fit, any RalmqError.
+    """
+    service, queries = f"search:{index}", held.scored.hidden
+    made_by = (await client.request(service, {"info": True}, retries=_RESENDS)).body.get("fingerprint")
+    if made_by != held.scored.info.fingerprint:
+        raise Refused(f"the index {index} was made by another model: build it with the one that is evaluated")
+    body = {"k": k, "following": True} | ({} if nprobe is None else {"nprobe": nprobe})
+    parts: list[Neighbours] = []
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
-        answers.append(await search(queries[start : start + _QUERIES_AT_ONCE]))
-        progress("search", min(start + _QUERIES_AT_ONCE, len(queries)), len(queries))
+        asked = queries[start : start + _QUERIES_AT_ONCE]
+        reply = await client.request(service, body, tensors=[asked], retries=_RESENDS)
+        if [tensor.shape[:2] for tensor in reply.tensors] != [(len(asked), k)] * 3:
+            raise WorkerFailed(
+                f"{service} answered other arrays than ids, distances and payloads of {len(asked)} x {k}"
+            )
+        ids, distances, payloads = (tensor.numpy() for tensor in reply.tensors)
+        parts.append(Neighbours(ids, distances, payloads[..., 0]))
+        progress("search", start + len(asked), len(queries))
     return Neighbours(
-        np.concatenate([np.asarray(hits.ids, np.int64) for hits in answers]),
-        np.concatenate([np.asarray(hits.distances, np.float32) for hits in answers]),
-        np.concatenate([np.asarray(hits.payloads, np.int32)[..., 0] for hits in answers]),
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.distances for part in parts]),
+        np.concatenate([part.values for part in parts]),
     )
 
 
@@ -127,10 +124,19 @@ def trigram_bits(held: HeldOut, table: Trigram, *, lam: float) -> float:
 
 
 async def evaluate_bits(
-    held: HeldOut, search: Search, *, lam: float, temperature: float, seed: int = 0, progress: Progress = silent
+    client: Client,
+    index: str,
+    held: HeldOut,
+    *,
+    lam: float,
+    temperature: float,
+    k: int = 10,
+    nprobe: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> Bits:
-    """Retrieves for every position of `held` and mixes in float64. Raises what `search` does, ValueError."""
-    neighbours = await retrieve(held, search, progress)
+    """Retrieves for every position of `held` and mixes in float64. Raises what `retrieve` does, ValueError."""
+    neighbours = await retrieve(client, index, held, k=k, nprobe=nprobe, progress=progress)
     return Bits(
         model_bits(held),
         knn_bits(held, neighbours, lam=lam, temperature=temperature),

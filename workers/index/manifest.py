@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ...schema.errors import Refused
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 VECTORS = "index.faiss"
@@ -27,7 +29,7 @@ _MAX_BYTES = 1 << 20
 _AGAIN = "build the index again with `ralmq index build`"
 
 
-class ManifestError(ValueError):
+class ManifestError(Refused, ValueError):
     """An index directory that cannot be used; the message is one line: the file, its fault, what to do."""
 
 

@@ -1,63 +1,34 @@
 """Asks the mode `score` of a model for the hidden state and log-probability of every token of a stream.
 
-Knows the shape of that conversation; no torch, no faiss, no socket: whatever has a client's `stream` will do.
+Knows the shape of that conversation; no torch, no faiss.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...schema.errors import Refused, WorkerFailed
+from ...client.client import Client
+from ...client.results import Reply
+from ...schema.errors import Busy, Refused, WorkerFailed
+from .progress import Progress, silent
 from .stream import TokenStream
 from .windows import Window, windows
-from .writer import Progress, silent
 
 MAX_WINDOW = 1024
 IN_FLIGHT = 4
-_DEADLINE = 120.0
-_RETRIES = 8
+_DEADLINE = 120.0  # seconds for one window
+_RESENDS = 8  # of one window, after Busy
 
 
 class ScoreError(WorkerFailed):
     """An answer to `score` that does not fit the question: another shape, a lost or doubled position, another model."""
-
-
-class Tensor(Protocol):
-    """What a part carries."""
-
-    def numpy(self) -> NDArray[Any]:
-        """The values as an array."""
-        ...
-
-
-class Part(Protocol):
-    """One piece of an answer."""
-
-    @property
-    def body(self) -> Mapping[str, Any]:
-        """Its fields."""
-        ...
-
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """Its arrays."""
-        ...
-
-
-class Asker(Protocol):
-    """The part of a client that scoring needs."""
-
-    def stream(
-        self, service: str, body: dict[str, Any], *, tensors: Sequence[Any], deadline: float, retries: int
-    ) -> AsyncIterator[Part]:
-        """The parts of one answer, in order."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +65,13 @@ class Scored:
         return np.stack([before, self.stream.tokens[self.entries]], axis=1).astype(np.int32)
 
 
-async def describe(client: Asker, model: str) -> ModelInfo:
+async def describe(client: Client, model: str) -> ModelInfo:
     """What the service `lm:<model>` says of itself, by the smallest score there is. Raises RalmqError."""
     return (await _ask(client, model, np.zeros(2, np.int32))).info
 
 
 async def score(
-    client: Asker,
+    client: Client,
     *,
     model: str,
     stream: TokenStream,
@@ -151,30 +122,33 @@ class _Answer:
     logp: NDArray[np.float32]
 
 
-async def _ask(client: Asker, model: str, ids: NDArray[np.int32]) -> _Answer:
+async def _ask(client: Client, model: str, ids: NDArray[np.int32]) -> _Answer:
+    """The answer for one window, asked again after Busy."""
+    for left in reversed(range(_RESENDS + 1)):
+        try:
+            return await _ask_once(client, model, ids)
+        except Busy as busy:
+            if not left:
+                raise
+            await asyncio.sleep(busy.retry_after * random.uniform(1.0, 1.1))
+    raise AssertionError("the loop returns or raises")
+
+
+async def _ask_once(client: Client, model: str, ids: NDArray[np.int32]) -> _Answer:
     """One window: n + 1 ids out, n rows back in chunks that may come in any order but each position once."""
     count = len(ids) - 1
     chunks: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-    info = None
-    parts = client.stream(
-        f"lm:{model}",
-        {"mode": "score"},
-        tensors=[np.ascontiguousarray(ids, dtype=np.int32)],
-        deadline=_DEADLINE,
-        retries=_RETRIES,
-    )
-    async for part in parts:
-        if "position" in part.body:
-            position, rows = part.body["position"], _rows(part)
+    async with client.stream(f"lm:{model}", {"mode": "score"}, tensors=[ids], deadline=_DEADLINE) as parts:
+        async for part in parts:
+            position, rows = part.body.get("position"), _rows(part)
             if type(position) is not int or position in chunks:
                 raise ScoreError(f"score sent position {position!r} twice, or it is no number")
             chunks[position] = rows
-        if "fingerprint" in part.body:
-            info = _info(part.body)
+        info = _info(parts.final.body if parts.final else {})
     ordered = [chunks[position] for position in sorted(chunks)]
     reached = np.cumsum([0, *(len(logp) for _, logp in ordered)])
-    if info is None or sorted(chunks) != reached[:-1].tolist() or reached[-1] != count:
-        raise ScoreError(f"score of {count} tokens ended with {reached[-1]} rows that do not cover them, or no summary")
+    if sorted(chunks) != reached[:-1].tolist() or reached[-1] != count:
+        raise ScoreError(f"score of {count} tokens sent {reached[-1]} rows that do not cover them")
     if any(hidden.shape[1] != info.d for hidden, _ in ordered):
         raise ScoreError(f"score sent keys of another width than the {info.d} it says the model has")
     hidden, logp = (np.concatenate(list(arrays)) for arrays in zip(*ordered, strict=True))
@@ -183,7 +157,7 @@ async def _ask(client: Asker, model: str, ids: NDArray[np.int32]) -> _Answer:
     return _Answer(info, hidden, logp)
 
 
-def _rows(part: Part) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _rows(part: Reply) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Hidden states [c, d] and log-probabilities [c] of one part, copied out of its frames."""
     if len(part.tensors) != 2:
         raise ScoreError(

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ...schema.errors import Refused
+
 SUFFIXES = (".md", ".py", ".rst", ".txt")
 
 
-class SourceError(ValueError):
+class SourceError(Refused, ValueError):
     """A source that gives no document; one line that names it and says what to do."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,7 @@ from .manifest import (
     valid_name,
     write_manifest,
 )
+from .progress import Progress, silent
 from .stream import PAYLOAD, TokenStream
 
 OWN_FILES = (*FILES, MANIFEST)
@@ -34,12 +35,6 @@ METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
 FLAT_BELOW = 20_000
 _TRAINED_PER_LIST = 39  # the fewest points a centroid that faiss trains without a warning
 _ROWS_AT_ONCE = 65_536
-
-Progress = Callable[[str, int, int], None]
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """A Progress that shows nothing."""
 
 
 def default_factory(ntotal: int) -> str:

@@ -1,0 +1,5 @@
+"""`python -m ralmq`: the same as the command `ralmq`."""
+
+from .cli.main import app
+
+app(prog_name="ralmq")

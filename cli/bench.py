@@ -1,0 +1,44 @@
+"""`ralmq bench`: starts a measurement of bench/. Knows their names only."""
+
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from .shared import Json, show_help
+
+bench = typer.Typer(
+    help="Measure this machine: bound, measured, ok.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+)
+Quick = Annotated[bool, typer.Option("--quick", help="Shorter and rougher.")]
+
+
+@bench.callback()
+def _group(context: typer.Context) -> None:
+    """Measure this machine: bound, measured, ok."""
+    show_help(context)
+
+
+@bench.command()
+def broker(quick: Quick = False, as_json: Json = False) -> int:
+    """Request and reply through the broker, against libzmq's proxy and a zmq.asyncio broker."""
+    return _run("broker", quick, as_json)
+
+
+@bench.command()
+def pipeline(quick: Quick = False, as_json: Json = False) -> int:
+    """Tokens a second of a model over one, two and more stages."""
+    return _run("pipeline", quick, as_json)
+
+
+@bench.command()
+def retrieval(quick: Quick = False, as_json: Json = False) -> int:
+    """What retrieval costs a generation, by interval."""
+    return _run("retrieval", quick, as_json)
+
+
+def _run(name: str, quick: bool, as_json: bool) -> int:
+    arguments = [*(["--quick"] if quick else []), *(["--json"] if as_json else [])]
+    return int(import_module(f"ralmq.bench.{name}").main(arguments))

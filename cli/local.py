@@ -1,0 +1,176 @@
+"""`ralmq up`, `down`, `logs`: the one cluster of this user on this machine. Knows its record, no process inside."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from ..schema.errors import RalmqError, Refused, WorkerFailed
+from .failures import BAD_INPUT, PREFIX
+from .serve import Insecure, check_bind
+from .shared import BROKER_VARIABLE, DEFAULT_BROKER, run
+
+if TYPE_CHECKING:
+    from ..cluster.cluster import Cluster
+
+SUPERVISOR_LOG: Final = "supervisor.log"
+DOWN_WITHIN: Final = 30.0  # seconds; then the supervisor is killed, and its processes end with it
+POLL: Final = 0.1
+Settings = dict[str, Any]  # the keyword arguments of local_cluster
+
+
+def up(
+    index: Annotated[list[Path] | None, typer.Option("--index", metavar="DIR", help="An index to serve.")] = None,
+    model: Annotated[str, typer.Option("--model", help="A model directory, or demo.")] = "demo",
+    stages: Annotated[int, typer.Option("--stages", min=1, help="Processes that share the model's layers.")] = 2,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of each stage.")] = 1,
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = None,
+    bind: Annotated[str, typer.Option("--bind", metavar="URL", help="Address of the broker.")] = DEFAULT_BROKER,
+    insecure: Insecure = False,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Leave it running in the background.")] = False,
+) -> None:
+    """Start a local cluster: broker, stages, generator, and a server for each index. Ctrl-C ends it."""
+    bind = f"tcp://127.0.0.1:{port}" if port is not None else bind
+    check_bind(bind, insecure=insecure)
+    paths = [path.expanduser() for path in index or ()]
+    if detach:
+        flags = [flag for path in paths for flag in ("--index", str(path))] + (["--insecure"] if insecure else [])
+        _detach(["--model", model, "--stages", str(stages), "--threads", str(threads), "--bind", bind, *flags])
+        return
+    settings = {"model": model, "stages": stages, "threads": threads, "indexes": paths, "bind": bind}
+    try:
+        run(_up({**settings, "insecure": insecure}))
+    except (KeyboardInterrupt, typer.Exit):
+        typer.echo("ended")  # being told to stop is how it ends
+
+
+def down() -> None:
+    """End the cluster that `ralmq up` started."""
+    from ..cluster.record import running, state_directory
+
+    directory = state_directory()
+    found = running(directory)
+    if found is None:
+        typer.echo("no cluster is up")
+        return
+    os.kill(found["pid"], signal.SIGTERM)
+    end = time.monotonic() + DOWN_WITHIN
+    while running(directory) is not None:
+        if time.monotonic() > end:
+            os.kill(found["pid"], signal.SIGKILL)
+            end = float("inf")
+        time.sleep(POLL)
+    typer.echo("ended")
+
+
+def logs(
+    process: Annotated[str, typer.Argument(metavar="PROCESS", help="One process, such as stage-0.")] = "",
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="The last lines of each.")] = 100,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
+) -> None:
+    """Show what the processes of `ralmq up` wrote, of the last cluster too."""
+    from ..cluster.record import state_directory
+
+    directory = state_directory()
+    found = sorted(directory.glob(f"{process or '*'}.log")) if directory.is_dir() else []
+    if not found:
+        names = ", ".join(sorted(path.stem for path in directory.glob("*.log"))) or "none; start a cluster: `ralmq up`"
+        raise Refused(f"no log of {process or 'a cluster'} in {directory}: there is {names}")
+    places = dict.fromkeys(found, 0)
+    for path in found:
+        text = path.read_bytes()
+        places[path] = len(text)
+        for line in text.decode(errors="replace").splitlines()[-lines:]:
+            typer.echo(f"{path.stem} | {line}")
+    while follow:
+        time.sleep(POLL)
+        for line in _new_lines(places):
+            typer.echo(line)
+
+
+def _new_lines(places: dict[Path, int]) -> Iterator[str]:
+    """Whole lines that were written since; `places` tells how far each log was read."""
+    for path, place in places.items():
+        with path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < place:
+                place = 0  # a new process began it anew
+            file.seek(place)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        places[path] = place + len(whole) + len(newline)
+        if newline:
+            yield from (f"{path.stem} | {line}" for line in whole.decode(errors="replace").splitlines())
+
+
+async def _up(settings: Settings) -> None:
+    from ..cluster.local import local_cluster
+    from ..cluster.record import holding, state_directory, write
+
+    directory = state_directory()
+    with holding(directory):
+        for old in directory.glob("*.log"):
+            if old.name != SUPERVISOR_LOG:
+                old.unlink()
+        async with local_cluster(**settings, directory=directory) as cluster:
+            status = await cluster.ready()
+            _show(cluster, status)
+            processes = [
+                {"name": child.name, "pid": child.pid, "log": str(child.log)} for child in cluster.children.values()
+            ]
+            write(directory, {"pid": os.getpid(), "url": cluster.url, "ready": True, "processes": processes})
+            while (child := await cluster.ended()).name != "broker":
+                typer.echo(f"{PREFIX}{child.failure()}", err=True)
+            raise child.failure()
+
+
+def _show(cluster: "Cluster", status: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from .tables import processes
+
+    Console().print(processes({child.name: child.pid for child in cluster.children.values()}, cluster.url, status))
+    if cluster.url != DEFAULT_BROKER:
+        typer.echo(f"export {BROKER_VARIABLE}={cluster.url}")
+    typer.echo(f"ready at {cluster.url}")
+
+
+def _detach(arguments: list[str]) -> None:
+    """Starts the same command in the background and waits until it is ready."""
+    from ..cluster.record import running, state_directory
+
+    directory = state_directory()
+    found = running(directory)
+    if found is not None:
+        raise Refused(f"a cluster is up already at {found['url'] or 'its start'}: end it with `ralmq down`")
+    directory.mkdir(parents=True, exist_ok=True)
+    log = directory / SUPERVISOR_LOG
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ralmq", "up", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        while process.poll() is None:
+            record = running(directory)
+            if record is not None and record["pid"] == process.pid and record["ready"]:
+                typer.echo(log.read_text(errors="replace").rstrip())
+                return
+            time.sleep(POLL)
+    except BaseException:
+        process.terminate()  # nobody would know of it
+        raise
+    from ..cluster.child import last_line
+
+    raise _background_failure(process.returncode, last_line(log).removeprefix(PREFIX))
+
+
+def _background_failure(code: int, line: str) -> RalmqError:
+    return Refused(line) if code == BAD_INPUT else WorkerFailed(f"the cluster did not come up: {line}")

@@ -1,0 +1,59 @@
+"""What several commands share: the --broker option, the event loop with its signals, JSON. Knows no command."""
+
+import asyncio
+import json
+import math
+import signal
+from collections.abc import Coroutine
+from typing import Annotated, Any, Final, TypeVar
+
+import typer
+
+T = TypeVar("T")
+DEFAULT_BROKER: Final = "tcp://127.0.0.1:5555"
+BROKER_VARIABLE: Final = "RALMQ_BROKER"
+
+Broker = Annotated[str, typer.Option("--broker", envvar=BROKER_VARIABLE, metavar="URL", help="Address of the broker.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Runs a command's coroutine; SIGTERM cancels it as Ctrl-C does, so that what it started is ended in order.
+
+    Raises:
+        KeyboardInterrupt, typer.Exit: it was ended by SIGINT or SIGTERM.
+    """
+
+    async def cancellable() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await main
+
+    try:
+        return asyncio.run(cancellable())
+    except asyncio.CancelledError:
+        raise typer.Exit(128 + signal.SIGTERM) from None
+
+
+def show_help(context: typer.Context) -> None:
+    """What a group does when no command is given."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def print_json(document: Any) -> None:
+    """Prints one document; numbers that JSON does not have become null."""
+    print(json.dumps(_plain(document), ensure_ascii=False), flush=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, bytes):
+        return value.hex()
+    return value

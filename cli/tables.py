@@ -1,0 +1,66 @@
+"""The tables that commands print. Knows the fields of a status and of hits; asks nobody."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+
+def processes(pids: Mapping[str, int], url: str, status: Mapping[str, Any]) -> Table:
+    """What came up: a row for each process of a cluster."""
+    workers = {worker["pid"]: worker for worker in status["workers"]}
+    table = _table("cluster", "process", "serves", "layers", "pid")
+    for name, pid in pids.items():
+        worker = workers.get(pid, {})
+        table.add_row(name, url if name == "broker" else _services(worker), _layers(worker), str(pid))
+    return table
+
+
+def status_tables(status: Mapping[str, Any]) -> list[Table]:
+    """Workers, services and pipelines, those that there are."""
+    workers = _table("workers", "name", "serves", "layers", "state", "in flight", "pid")
+    for worker in sorted(status["workers"], key=lambda worker: str(worker["name"])):
+        load = f"{worker['in_flight']} / {worker['capacity']}"
+        row = (worker["name"], _services(worker), _layers(worker), worker["state"], load, str(worker["pid"]))
+        workers.add_row(*map(escape, row))
+    services = _table("services", "name", "workers", "queued", "finished")
+    for name, service in status["services"].items():
+        services.add_row(escape(name), *(str(service[key]) for key in ("workers", "queued", "finished")))
+    pipelines = _table("pipelines", "model", "formed", "stages")
+    for line in status["pipelines"]:
+        stages = ", ".join(line["stages"]) or f"missing layers: {line['missing']}"
+        pipelines.add_row(escape(line["model"]), "yes" if line["formed"] else "no", escape(stages))
+    return [table for table in (workers, services, pipelines) if table.row_count or table is workers]
+
+
+def hits_table(texts: Sequence[Sequence[Mapping[str, Any]]], ids: Any, distances: Any) -> Table:
+    """A row for each neighbour; the query's number where there are several."""
+    table = _table("neighbours", "query", "id", "distance", "document", "text")
+    for query, payloads in enumerate(texts):
+        for payload, identity, distance in zip(payloads, ids[query], distances[query], strict=False):
+            if identity < 0:
+                continue
+            text = " ".join(str(payload.get("text", "")).split())
+            document = str(payload.get("document", ""))
+            table.add_row(str(query), str(identity), f"{distance:.4g}", escape(document), escape(text))
+        table.add_section()
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _services(worker: Mapping[str, Any]) -> str:
+    return escape(", ".join(worker.get("services", ())))
+
+
+def _layers(worker: Mapping[str, Any]) -> str:
+    if "layers" not in worker:
+        return ""
+    first, last, layers = worker["layers"]
+    return f"{first}-{last - 1} of {layers}"

@@ -1,0 +1,183 @@
+"""A broker and workers as processes of this machine: ready when the broker says so, ended in order.
+
+Knows processes and `ralmq.status`; not what a worker does.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from ..client.client import connect
+from ..schema.errors import DeadlineExceeded, Refused
+from .child import Child, Lifeline
+
+LOOPBACK: Final = "tcp://127.0.0.1:*"  # any free port
+STARTED: Final = "broker at "  # what a broker says once it is bound, followed by its address
+POLL: Final = 0.05
+READY_WITHIN: Final = 120.0
+GRACE: Final = 5.0  # seconds that a process has for its drain
+
+
+class Cluster:
+    """Processes that live as long as the `async with` block, and never longer than this process.
+
+    Args:
+        directory: for one log a process; made where it is missing.
+        bind: the broker's address.
+        threads: OMP_NUM_THREADS of each process that is not told otherwise.
+
+    Attributes:
+        url: the broker's address, its port filled in.
+        children: by name, ended ones included.
+    """
+
+    def __init__(self, directory: Path, *, bind: str = LOOPBACK, insecure: bool = False, threads: int = 1) -> None:
+        self.directory = directory
+        self.url = ""
+        self.children: dict[str, Child] = {}
+        self._bind = bind
+        self._insecure = insecure
+        self._threads = threads
+        self._ended: asyncio.Queue[Child] = asyncio.Queue()
+        self._watchers: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lifeline = Lifeline()
+        try:
+            flags = ["--insecure"] if self._insecure else []
+            broker = await self._start("broker", ["broker", "--bind", self._bind, *flags], self._threads)
+            self.url = await _address(broker)
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def spawn(self, worker: str, *arguments: str, name: str = "", threads: int | None = None) -> Child:
+        """Starts `ralmq worker WORKER ARGUMENTS` on this broker; `ready` tells when it serves.
+
+        Args:
+            worker: built-in name or module:Class.
+            arguments: such as "-o", "key=value".
+            name: of the process; by default the worker's, with a number where there are several.
+        """
+        name = name or self._free_name(worker.rpartition(":")[2].lower())
+        line = ["worker", worker, "--broker", self.url, *arguments]
+        return await self._start(name, line, threads or self._threads)
+
+    async def ready(self, within: float = READY_WITHIN) -> dict[str, Any]:
+        """Waits until every worker is known to the broker and every model has its pipeline. Returns the status.
+
+        Raises:
+            Refused: a process ended because its input is to be mended.
+            WorkerFailed: a process ended otherwise.
+            DeadlineExceeded: it took longer; the message names what is missing.
+        """
+        missing = "the broker has not answered"
+        try:
+            async with asyncio.timeout(within), connect(self.url, wait=within, name="supervisor") as client:
+                while True:
+                    self._check()
+                    with contextlib.suppress(DeadlineExceeded):
+                        status = await client.status(deadline=1.0)
+                        missing = self._missing(status)
+                        if not missing:
+                            return status
+                    await asyncio.sleep(POLL)
+        except TimeoutError:
+            text = f"not ready after {within:g} s: {missing}; see the logs in {self.directory}"
+            raise DeadlineExceeded(text) from None
+
+    async def ended(self) -> Child:
+        """The next process that ends without being asked to."""
+        return await self._ended.get()
+
+    async def stop(self, *names: str) -> None:
+        """Ends the processes named, or all, the broker last: SIGTERM, and SIGKILL after a grace."""
+        chosen = [self.children[name] for name in names or self.children]
+        try:
+            await _end(child for child in chosen if child.name != "broker")
+            await _end(child for child in chosen if child.name == "broker")
+        finally:
+            for child in chosen:
+                child.kill()
+            if not names:
+                self._lifeline.close()
+                for watcher in self._watchers:
+                    watcher.cancel()
+
+    # -- inside
+
+    async def _start(self, name: str, arguments: list[str], threads: int) -> Child:
+        if name in self.children and self.children[name].code is None:
+            raise Refused(f"a process called {name} runs in this cluster: give another name")
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        child = self.children[name] = Child(name, arguments, self.directory / f"{name}.log")
+        await child.start(self._lifeline, environment)
+        watcher = asyncio.create_task(self._watch(child))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+        return child
+
+    async def _watch(self, child: Child) -> None:
+        await child.wait()
+        if not child.asked:
+            self._ended.put_nowait(child)
+
+    def _free_name(self, base: str) -> str:
+        number = 0
+        while (name := f"{base}-{number}" if number else base) in self.children:
+            number += 1
+        return name
+
+    def _check(self) -> None:
+        for child in self.children.values():
+            if child.code is not None and not child.asked:
+                raise child.failure()
+
+    def _missing(self, status: dict[str, Any]) -> str:
+        known = {worker["pid"] for worker in status["workers"]}
+        silent = [
+            child.name
+            for child in self.children.values()
+            if child.name != "broker" and not child.asked and child.pid not in known
+        ]
+        if silent:
+            return f"{', '.join(silent)} not announced yet"
+        gaps = [f"{line['model']} lacks layers {line['missing']}" for line in status["pipelines"] if not line["formed"]]
+        return ", ".join(gaps)
+
+
+async def _address(broker: Child) -> str:
+    """What a broker that was just started says of itself.
+
+    Raises:
+        Refused, WorkerFailed: it ended.
+    """
+    while True:
+        for line in broker.log.read_text(errors="replace").splitlines():
+            if line.startswith(STARTED):
+                return line.removeprefix(STARTED)
+        if broker.code is not None:
+            raise broker.failure()
+        await asyncio.sleep(POLL)
+
+
+async def _end(children: Iterable[Child]) -> None:
+    running = [child for child in children if child.code is None]
+    for child in running:
+        child.terminate()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.gather(*(child.wait() for child in running)), GRACE)
+    for child in running:
+        child.kill()
+    await asyncio.gather(*(child.wait() for child in running))

@@ -1,0 +1,57 @@
+"""The cluster that one model needs: stages, a generator, index servers. Knows worker options; not what they mean."""
+
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+
+from .cluster import LOOPBACK, READY_WITHIN, Cluster
+
+
+@asynccontextmanager
+async def local_cluster(
+    *,
+    model: str = "demo",
+    stages: int = 2,
+    indexes: Sequence[Path] = (),
+    generator: bool = True,
+    extra: Sequence[Sequence[str]] = (),
+    bind: str = LOOPBACK,
+    insecure: bool = False,
+    directory: Path | None = None,
+    threads: int = 1,
+    within: float = READY_WITHIN,
+) -> AsyncIterator[Cluster]:
+    """A cluster that is ready: `async with local_cluster() as cluster: ... cluster.url`.
+
+    Args:
+        model: a model directory, or "demo".
+        stages: the model's layers are split evenly over so many processes; 0 for none.
+        indexes: index directories, a server each.
+        extra: further workers, such as ["echo", "-o", "name=e"].
+        directory: for the logs; without one they are gone at the end.
+        threads: of each stage.
+        within: seconds until it must be ready.
+
+    Raises:
+        Refused, WorkerFailed, DeadlineExceeded: see Cluster.ready.
+    """
+    with ExitStack() as stack:
+        if directory is None:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ralmq-")))
+        async with Cluster(directory, bind=bind, insecure=insecure) as cluster:
+            for place in range(stages):
+                options = (f"model={model}", f"stage={place}/{stages}", f"threads={threads}")
+                await cluster.spawn("stage", *_flags(*options), name=f"stage-{place}", threads=threads)
+            if generator:
+                await cluster.spawn("generator", *_flags(f"model={model}"))
+            for path in indexes:
+                await cluster.spawn("index", *_flags(f"index={path}"))
+            for worker, *arguments in extra:
+                await cluster.spawn(worker, *arguments)
+            await cluster.ready(within)
+            yield cluster
+
+
+def _flags(*pairs: str) -> list[str]:
+    return [flag for pair in pairs for flag in ("-o", pair)]

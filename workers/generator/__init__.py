@@ -1,0 +1,1 @@
+"""Text in, text out: tokenizer, stop strings, retrieval options, over a pipeline of stages. Imports no torch."""

@@ -1,0 +1,74 @@
+"""What a generation may ask for, checked: sampling and retrieval. Knows values and ranges, not their use."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..schema.errors import Refused
+
+MAX_TOKENS = 1 << 20
+
+
+class Checked(BaseModel):
+    """A body whose unknown fields and wrong values are refused in one line."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def of(cls, body: dict[str, Any]) -> Self:
+        """The body as an object.
+
+        Raises:
+            Refused: naming the first wrong field.
+        """
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "request"
+            if first["type"] == "extra_forbidden":
+                raise Refused(f"unknown option {place}: there are {', '.join(cls.model_fields)}") from None
+            raise Refused(f"{place}: {first['msg']}") from None
+
+
+class Retrieval(Checked):
+    """kNN-LM retrieval in the loop (Khandelwal et al., 2020), see docs/request.md.
+
+    Attributes:
+        interval: retrieve at new-token positions 0, interval, 2 x interval ...
+        staleness: use the answer to the query of so many positions ago, so that its wait is hidden.
+        knn_lambda: weight of the neighbours' distribution.
+        knn_temperature: softmax(-distance / temperature) over the neighbours.
+        passages: send what was retrieved along with the tokens.
+    """
+
+    index: str
+    k: int = Field(default=8, ge=1, le=1024)
+    nprobe: int | None = Field(default=None, ge=1)
+    interval: int = Field(default=1, ge=1)
+    staleness: int = Field(default=0, ge=0, le=7)
+    knn_lambda: float = Field(default=0.25, ge=0.0, le=1.0)
+    knn_temperature: float = Field(default=10.0, gt=0.0)
+    passages: bool = False
+
+
+class Task(Checked):
+    """The body of a request to `lm:<model>`; its one tensor holds the prompt, int32 [n].
+
+    Attributes:
+        mode: "generate", or "score": hidden states and log-probabilities of the prompt itself.
+        prompt: tokens of the original prompt, where the tensor also holds tokens generated before (a replay).
+        eos: whether the checkpoint's own end-of-text ids end the text.
+    """
+
+    mode: Literal["generate", "score"] = "generate"
+    max_tokens: int = Field(default=64, ge=1, le=MAX_TOKENS)
+    temperature: float = Field(default=0.0, ge=0.0, le=1e3, allow_inf_nan=False)
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    stop_ids: tuple[int, ...] = Field(default=(), max_length=64)
+    ignore_eos: bool = False
+    logprobs: bool = False
+    prompt: int | None = Field(default=None, ge=1)
+    retrieve: Retrieval | None = None

@@ -1,0 +1,1 @@
+"""A pipeline stage: the leader's schedule, the layers' computation, and sampling with retrieval at the last stage."""

@@ -1,0 +1,248 @@
+"""What the last stage knows of each sequence: its parameters, what it waits for, what is sampled. Knows no socket.
+
+All of it runs in the compute thread. Rows that wait for neighbours are parked with their logits; the others go on.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...schema.errors import RalmqError
+from ...schema.message import Error, Final, Partial, Return, Row
+from ..engine.sample import (
+    SamplingParams,
+    choose,
+    knn_distribution,
+    log_prob,
+    log_probs_of,
+    mix,
+    probabilities,
+    sample_rows,
+)
+from ..engine.span import Span
+from ..params import Task
+from .leader import Key
+from .neighbours import Neighbours, Query
+
+CHUNK = 256  # positions of a score in one PARTIAL
+
+Array = np.ndarray[Any, Any]
+Sent = tuple[Any, Key, int]  # message, request, sequence number
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What follows from a step: messages to askers, rows that go back to the leader, queries to indexes."""
+
+    sent: list[Sent] = field(default_factory=list)
+    returns: list[Return] = field(default_factory=list)
+    queries: list[Query] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sequence at the last stage.
+
+    Attributes:
+        task: its parameters.
+        prompt: ids of the prompt, int32 [n].
+        start: absolute position of the first new token; interval and staleness count from there.
+        limit: new tokens at most in this attempt.
+        answers: neighbours by the new-token position of their query.
+        parked: logits [vocab] of the row that waits, and its position.
+    """
+
+    key: Key
+    task: Task
+    prompt: Array
+    start: int
+    limit: int
+    sampling: SamplingParams
+    metric: str = "l2"
+    made: int = 0
+    answers: dict[int, Neighbours] = field(default_factory=dict)
+    parked: tuple[Array, int] | None = None
+
+
+class Last:
+    """Sampling, scoring and retrieval of the last span."""
+
+    def __init__(self, span: Span, fingerprint: str) -> None:
+        self._span = span
+        self._eos = frozenset(span.config.eos_ids)
+        self._sequences: dict[Key, Sequence] = {}
+        self._info = {
+            "fingerprint": fingerprint,
+            "d": span.config.hidden,
+            "context": span.config.context,
+            "vocab": span.config.vocab,
+        }
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def start(self, key: Key, prompt: Array, params: dict[str, Any]) -> None:
+        """The first STEP of a sequence is about to be served."""
+        task = Task.model_validate(params["task"])
+        start = task.prompt or len(prompt)
+        sampling = SamplingParams(task.temperature, task.top_k, task.top_p, task.seed, task.logprobs)
+        limit = params.get("limit", task.max_tokens)
+        self._sequences[key] = Sequence(key, task, prompt, start, limit, sampling, params.get("metric", "l2"))
+
+    def end(self, key: Key, outcome: Outcome) -> None:
+        """The leader cancelled a sequence; a row of it that is parked goes back."""
+        sequence = self._sequences.pop(key, None)
+        if sequence is not None and sequence.parked is not None:
+            outcome.returns.append(Return(*key, -1, True))
+
+    def step(self, rows: tuple[Row, ...], hidden: torch.Tensor, entered: torch.Tensor) -> Outcome:
+        """Samples the next token of each row, or parks it, or scores it.
+
+        Args:
+            hidden: output of the last layer, [sum of lengths, d].
+            entered: what entered the last layer's FFN, the same shape.
+        """
+        outcome = Outcome()
+        known: list[tuple[Sequence, Row, int]] = []  # with the place of the row's last token
+        place = 0
+        for row in rows:
+            place += row.length
+            sequence = self._sequences.get((row.id, row.attempt))
+            if sequence is None:  # ended meanwhile: the rest of the batch goes on
+                outcome.returns.append(Return(row.id, row.attempt, -1, True))
+            elif sequence.task.mode == "score":
+                self._score(sequence, hidden[place - row.length : place], entered[place - row.length : place], outcome)
+            else:
+                known.append((sequence, row, place - 1))
+        if known:
+            logits = self._span.head(hidden, [last for _, _, last in known]).cpu().numpy()
+            self._ask(known, entered, outcome)
+            self._sample([(s, row.position + row.length) for s, row, _ in known], logits, outcome)
+        return outcome
+
+    def answered(self, query: Query, answers: list[Neighbours]) -> Outcome:
+        """Neighbours came: rows that waited for them are sampled; those of ended sequences are dropped."""
+        outcome = Outcome()
+        for key, position, found in zip(query.keys, query.positions, answers, strict=True):
+            sequence = self._sequences.get(key)
+            if sequence is None:
+                continue
+            sequence.answers[position - sequence.start] = found
+            if sequence.parked is not None and self._due(sequence, sequence.parked[1]) in sequence.answers:
+                logits, at = sequence.parked
+                sequence.parked = None
+                self._draw(sequence, at, logits, outcome)
+        return outcome
+
+    def rejected(self, query: Query, error: RalmqError) -> Outcome:
+        """An index failed: the rows that asked it fail, no other."""
+        return self.fail(query.keys, error)
+
+    def fail(self, keys: list[Key], error: RalmqError) -> Outcome:
+        """Ends sequences with an error to their askers; where a row is on its way the leader gets it back."""
+        outcome = Outcome()
+        for key in keys:
+            sequence = self._sequences.pop(key, None)
+            if sequence is not None:
+                outcome.sent.append((Error(error.code, error.message[:2000]), key, 0))
+                if sequence.parked is not None:
+                    outcome.returns.append(Return(*key, -1, True))
+        return outcome
+
+    # -- inside
+
+    def _ask(self, known: list[tuple[Sequence, Row, int]], entered: torch.Tensor, outcome: Outcome) -> None:
+        """One query per index and (k, nprobe) for the rows whose interval it is."""
+        groups: dict[tuple[Any, ...], tuple[Query, list[int]]] = {}
+        for sequence, row, last in known:
+            retrieval, position = sequence.task.retrieve, row.position + row.length
+            if retrieval is None or (position - sequence.start) % retrieval.interval:
+                continue
+            group = (retrieval.index, retrieval.k, retrieval.nprobe, retrieval.passages)
+            if group not in groups:
+                groups[group] = Query(*group), []
+            query, places = groups[group]
+            query.keys.append(sequence.key)
+            query.positions.append(position)
+            places.append(last)
+        for query, places in groups.values():
+            query.vectors = entered[torch.tensor(places)].float().cpu().numpy()
+            outcome.queries.append(query)
+
+    def _due(self, sequence: Sequence, position: int) -> int:
+        """New-token position of the query whose answer is mixed in at `position`; -1 for none."""
+        retrieval = sequence.task.retrieve
+        if retrieval is None:
+            return -1
+        asked = position - sequence.start - retrieval.staleness
+        return asked if asked >= 0 and asked % retrieval.interval == 0 else -1
+
+    def _sample(self, rows: list[tuple[Sequence, int]], logits: Array, outcome: Outcome) -> None:
+        plain: list[int] = []
+        for place, (sequence, position) in enumerate(rows):
+            due = self._due(sequence, position)
+            if due < 0:
+                plain.append(place)
+            elif due in sequence.answers:
+                self._draw(sequence, position, logits[place], outcome)
+            else:
+                sequence.parked = logits[place], position
+        if plain:
+            chosen = [rows[place] for place in plain]
+            drawn = sample_rows(logits[plain], [s.sampling for s, _ in chosen], [position for _, position in chosen])
+            for (sequence, position), token, log_p in zip(chosen, *drawn, strict=True):
+                self._took(sequence, position, token, log_p, None, outcome)
+
+    def _draw(self, sequence: Sequence, position: int, logits: Array, outcome: Outcome) -> None:
+        """Mixes the neighbours' next tokens with the model's, then samples: p = lambda p_knn + (1 - lambda) p_lm."""
+        retrieval = sequence.task.retrieve
+        assert retrieval is not None
+        found = sequence.answers.pop(self._due(sequence, position))
+        distances = found.distances if sequence.metric == "l2" else -found.distances
+        values = found.following[:, retrieval.staleness]
+        p = probabilities(logits[None])[0]
+        p = mix(p, *knn_distribution(distances, values, len(p), retrieval.knn_temperature), retrieval.knn_lambda)
+        token = choose(p, sequence.sampling, position)
+        log_p = log_prob(p, token) if sequence.sampling.logprobs else None
+        self._took(sequence, position, token, log_p, found, outcome)
+
+    def _took(
+        self,
+        sequence: Sequence,
+        position: int,
+        token: int,
+        log_p: float | None,
+        found: Neighbours | None,
+        outcome: Outcome,
+    ) -> None:
+        """A token is sampled: one PARTIAL to the asker, one row back to the leader, and the end where this was it."""
+        body: dict[str, Any] = {"token": token, "position": position}
+        if log_p is not None:
+            body["logprob"] = log_p
+        if found is not None and found.passages:
+            body["passages"] = found.passages
+        outcome.sent.append((Partial(body), sequence.key, sequence.made))
+        sequence.made += 1
+        stopped = token in sequence.task.stop_ids or (token in self._eos and not sequence.task.ignore_eos)
+        done = stopped or sequence.made >= sequence.limit
+        if done:
+            ending = {"finish_reason": "stop" if stopped else "length", "completion_tokens": sequence.made}
+            outcome.sent.append((Final(ending), sequence.key, 0))
+            del self._sequences[sequence.key]
+        outcome.returns.append(Return(*sequence.key, token, done))
+
+    def _score(self, sequence: Sequence, hidden: torch.Tensor, entered: torch.Tensor, outcome: Outcome) -> None:
+        """Hidden states and log p of each following token, a chunk a PARTIAL, so that logits of one chunk exist."""
+        targets = sequence.prompt[1:]
+        for number, first in enumerate(range(0, len(hidden), CHUNK)):
+            part = slice(first, first + CHUNK)
+            logits = self._span.head(hidden[part]).cpu().numpy()
+            log_p = log_probs_of(logits, targets[part])
+            keys = entered[part].float().cpu().numpy()
+            body = {"position": first, "count": len(log_p), **self._info}
+            outcome.sent.append((Partial(body, [keys, log_p]), sequence.key, number))
+        outcome.sent.append((Final({"count": len(hidden), **self._info}), sequence.key, 0))
+        del self._sequences[sequence.key]
+        outcome.returns.append(Return(*sequence.key, -1, True))

@@ -1,0 +1,69 @@
+"""What the leader checks before a sequence takes any memory: its prompt, and the index that it wants to ask."""
+
+import asyncio
+
+import numpy as np
+
+from ...client.client import Client
+from ...schema.errors import Refused
+from ..base import Request
+from ..params import Task
+from .weights import Loaded
+
+FRESH = 5.0  # seconds for which what an index said of itself is believed
+
+
+def prompt_of(request: Request, task: Task, loaded: Loaded) -> list[int]:
+    """The prompt's ids.
+
+    Raises:
+        Refused: no prompt, ids outside the vocabulary, or more than the context holds.
+    """
+    config = loaded.config
+    if len(request.tensors) != 1:
+        raise Refused(f"{len(request.tensors)} tensors came with the request: send one, the prompt's ids, int32 [n]")
+    ids = request.tensors[0].numpy()
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise Refused(f"the prompt is {ids.dtype} {list(ids.shape)}: send ids, int32 [n]")
+    least = 2 if task.mode == "score" else 1
+    if len(ids) < least:
+        raise Refused(f"the prompt has {len(ids)} tokens: give at least {least}")
+    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab:
+        raise Refused(f"the prompt has ids outside 0..{config.vocab - 1}: use the tokenizer of this model")
+    room = config.context if task.mode == "score" else config.context - 1
+    if len(ids) - (task.mode == "score") > room:
+        raise Refused(f"the prompt has {len(ids)} tokens, the model's context holds {config.context}: shorten it")
+    if task.prompt is not None and task.prompt > len(ids):
+        raise Refused(f"prompt={task.prompt} is more than the {len(ids)} tokens that came")
+    if any(not 0 <= token < config.vocab for token in task.stop_ids):
+        raise Refused(f"stop_ids has ids outside 0..{config.vocab - 1}")
+    return [int(token) for token in np.asarray(ids)]
+
+
+class Indexes:
+    """What the indexes say of themselves, asked before prefill so that a wrong one costs nothing."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        self._known: dict[str, tuple[float, str]] = {}
+
+    async def check(self, client: Client, index: str, request: Request) -> str:
+        """The index's metric.
+
+        Raises:
+            NoService: nobody serves it.
+            Refused: it was built with another model.
+        """
+        now = asyncio.get_running_loop().time()
+        known = self._known.get(index)
+        if known is not None and now - known[0] < FRESH:
+            return known[1]
+        info = (await client.request(f"search:{index}", {"info": True}, parent=request.id, retries=3)).body
+        model, width = self._loaded, self._loaded.config.hidden
+        if info.get("fingerprint") != model.fingerprint or info.get("d") != width:
+            raise Refused(
+                f"index {index} was built with {info.get('model')} ({info.get('fingerprint')}, d={info.get('d')}), "
+                f"not with this model ({model.fingerprint}, d={width}): build it anew with `ralmq index build`"
+            )
+        self._known[index] = (now, str(info.get("metric", "l2")))
+        return self._known[index][1]

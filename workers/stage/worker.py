@@ -1,0 +1,267 @@
+"""The built-in worker `stage`: the link's side of a pipeline stage. Knows messages and their order, no layer."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...schema.errors import RalmqError, WorkerFailed, WorkerLost
+from ...schema.frame import RETURN, Prefix
+from ...schema.limits import NO_ID
+from ...schema.message import Beat, Error, Form, Gone, Return, Span, Step
+from ..base import ELSEWHERE, Answer, Request, Worker
+from ..params import Task
+from .last import Outcome
+from .leader import Batch, Key, Leader, Sequence
+from .neighbours import Query, neighbours_of
+from .prompts import Indexes, prompt_of
+from .runner import Runner
+from .weights import Loaded, load, place_of
+
+log = logging.getLogger("ralmq.stage")
+
+
+class Stage(Worker):
+    """Some layers of a model, in a pipeline with the stages that hold the others.
+
+    Args:
+        model: a Hugging Face directory, or demo.
+        stage: place and number of stages with an even split, as 0/2; or give layers.
+        layers: first and last (exclusive) layer, as 0:6.
+        name: the model's name in `lm:<name>`; the directory's name where not given.
+        threads: of torch.
+        device: cpu, cuda, cuda:1 ...
+        dtype: fp32, bf16 or fp16.
+        kv_mib: memory for keys and values.
+        max_rows: sequences in one micro-batch.
+        capacity: requests that the leader takes at a time, waiting ones included.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        stage: str = "",
+        layers: str = "",
+        name: str = "",
+        threads: int = 1,
+        device: str = "cpu",
+        dtype: str = "fp32",
+        kv_mib: int = 256,
+        max_rows: int = 64,
+        capacity: int = 128,
+    ) -> None:
+        self.capacity = capacity
+        self._place = place_of(model, stage, layers, name)
+        self._threads, self._device, self._dtype = threads, device, dtype
+        self._kv_mib, self._max_rows = kv_mib, max_rows
+        self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (threads,))
+        self._waiting = 0  # calls handed to the compute thread and not back yet
+        self._pipeline = NO_ID
+        self._stages = 0
+        self._leader: Leader | None = None
+        self._loaded: Loaded | None = None
+        self._searches: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Loads the layers; HELLO is said afterwards.
+
+        Raises:
+            Refused: the checkpoint is missing, broken or of an unknown family.
+        """
+        self._loop = asyncio.get_running_loop()
+        call = partial(load, self._place, self._device, self._dtype, self._kv_mib, self._max_rows)
+        self._loaded = await self._loop.run_in_executor(self._compute, call)
+        self._runner = Runner(self._loaded.span, self._loaded.fingerprint)
+        self._indexes = Indexes(self._loaded)
+
+    async def stop(self) -> None:
+        self._compute.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def span(self) -> Span | None:
+        return self._loaded.offer if self._loaded is not None else None
+
+    # -- requests: only the leader gets them
+
+    async def handle(self, request: Request) -> Answer:
+        """One request of `lm:<model>`; the last stage answers it."""
+        assert self._loaded is not None
+        task = Task.of(request.body)
+        ids = prompt_of(request, task, self._loaded)
+        params: dict[str, Any] = {"task": task.model_dump(exclude_defaults=True)}
+        need = len(ids) - 1
+        if task.mode == "score":
+            params["feed"] = len(ids) - 1
+        else:
+            params["limit"] = min(task.max_tokens, self._loaded.context - len(ids))
+            need = len(ids) + params["limit"] - 1
+        if task.retrieve is not None:
+            params["metric"] = await self._indexes.check(self.host.client, task.retrieve.index, request)
+        leader = self._leader
+        if leader is None:
+            raise WorkerLost(f"the pipeline of {self._place.name} is over: ask again")
+        ended: asyncio.Future[None] = self._loop.create_future()
+        key = (request.id, request.attempt)
+        sequence = Sequence(*key, ids, params, need, lambda: request.until, lambda: _resolve(ended))
+        leader.add(sequence)
+        request.granted = partial(self._granted, leader, key)
+        self._drive()
+        try:
+            await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            leader.cancel(key)
+            self._drive()
+            await ended  # the credit goes back when no stage writes to its blocks any more
+            raise
+        return ELSEWHERE
+
+    def _granted(self, leader: Leader, key: Key) -> None:
+        leader.granted(key)
+        self._drive()
+
+    # -- messages of the pipeline
+
+    def take(self, prefix: Prefix, message: Any) -> None:
+        if isinstance(message, Form):
+            self._form(prefix.id, message)
+        elif isinstance(message, Gone) and prefix.id == self._pipeline:
+            self._over()
+        elif isinstance(message, Step) and prefix.id == self._pipeline:
+            if prefix.flags & RETURN:
+                self._returned(message.batch, message.returns)
+            else:
+                self._run(message)
+
+    def forgotten(self) -> None:
+        self._over()
+
+    def beat(self, beat: Beat) -> Beat:
+        """Progress is compute steps; work in hand is what the compute thread has."""
+        runner = self._runner
+        gauges = {"steps": runner.steps, "compute_s": round(runner.seconds, 3)}
+        if self._leader is not None:
+            gauges |= {"sequences": len(self._leader), "free_blocks": self._leader.free_blocks}
+        return replace(beat, progress=runner.steps, busy=self._waiting, gauges=gauges)
+
+    def _form(self, pipeline: bytes, form: Form) -> None:
+        self._over()
+        self._pipeline, self._stages = pipeline, form.stages
+        if form.place == 0:
+            self._leader = Leader(form.stages, form.kv_blocks, form.max_rows)
+        log.info("stage %d of %d of %s", form.place + 1, form.stages, form.model)
+
+    def _over(self) -> None:
+        """The pipeline is no more: its sequences end here without a word, since the broker has answered them."""
+        leader, self._leader = self._leader, None
+        self._pipeline = NO_ID
+        for search in self._searches:
+            search.cancel()
+        if leader is not None:
+            leader.abandon()
+        if self._loaded is not None:
+            self._compute.submit(self._runner.reset)
+
+    # -- the schedule and the computation
+
+    def _drive(self) -> None:
+        """Hands micro-batches to the compute thread for as long as the leader has any to send."""
+        while self._leader is not None and (batch := self._leader.next()) is not None:
+            self._run(_step_of(batch))
+
+    def _run(self, step: Step) -> None:
+        keys = [(row.id, row.attempt) for row in step.rows]
+        work = partial(self._runner.run, step)
+        self._submit(work, partial(self._onward, step), partial(self._failed, keys, step.batch))
+
+    def _submit(
+        self, work: Callable[[], Any], done: Callable[[Any], None], failed: Callable[[BaseException], None]
+    ) -> None:
+        """Runs `work` in the compute thread, in order; what follows in the event loop, if the pipeline still stands."""
+        pipeline = self._pipeline
+
+        def ended(future: asyncio.Future[Any]) -> None:
+            self._waiting -= 1
+            if future.cancelled() or pipeline != self._pipeline:
+                return
+            error = future.exception()
+            if error is None:
+                done(future.result())
+            else:
+                failed(error)
+
+        self._waiting += 1
+        self._loop.run_in_executor(self._compute, work).add_done_callback(ended)
+
+    def _onward(self, step: Step, result: tuple[torch.Tensor | None, Outcome]) -> None:
+        hidden, outcome = result
+        if self._runner.last is None:
+            tensors = ([hidden] if hidden is not None else []) + list(step.tensors[1:])
+            self.host.link.send(replace(step, tensors=tensors), id=self._pipeline)
+        else:
+            self._publish(step.batch, outcome)
+
+    def _publish(self, number: int, outcome: Outcome) -> None:
+        """What the last stage sends: parts and ends to the askers, queries to indexes, rows back to the leader."""
+        for message, (identity, attempt), sequence in outcome.sent:
+            self.host.link.send(message, id=identity, attempt=attempt, sequence=sequence)
+        for query in outcome.queries:
+            self._searches.add(task := self._loop.create_task(self._search(query)))
+            task.add_done_callback(self._searches.discard)
+        if number or outcome.returns:
+            self._give_back(number, tuple(outcome.returns))
+
+    def _give_back(self, number: int, returns: tuple[Return, ...]) -> None:
+        if self._leader is not None:
+            self._returned(number, returns)
+        else:
+            self.host.link.send(Step(returns=returns, batch=number), id=self._pipeline, flags=RETURN)
+
+    def _returned(self, number: int, returns: tuple[Return, ...]) -> None:
+        if self._leader is not None:
+            self._leader.returned(number, returns)
+            self._drive()
+
+    async def _search(self, query: Query) -> None:
+        """Asks an index for parked rows; the answer re-enters by the compute thread's queue."""
+        last = self._runner.last
+        assert last is not None
+        try:
+            reply = await self.host.client.request(
+                f"search:{query.index}", query.body, tensors=[query.vectors], retries=3, priority=6
+            )
+            work = partial(last.answered, query, neighbours_of(query, reply.body, reply.tensors))
+        except RalmqError as error:
+            work = partial(last.rejected, query, error)
+        self._submit(work, partial(self._publish, 0), partial(self._failed, query.keys, 0))
+
+    def _failed(self, keys: list[Key], number: int, error: BaseException) -> None:
+        """A computation raised: its rows end with an error, here and at the leader; the rest goes on."""
+        log.error("a step failed", exc_info=error)
+        if isinstance(error, RalmqError):
+            said = Error(error.code, error.message[:2000])
+        else:
+            said = Error(
+                WorkerFailed.code, f"a stage of {self._place.name} failed: {type(error).__name__}: {error}"[:2000]
+            )
+        for identity, attempt in keys:
+            self.host.link.send(said, id=identity, attempt=attempt)
+        self._give_back(number, tuple(Return(*key, -1, True) for key in keys))
+
+
+def _step_of(batch: Batch) -> Step:
+    tensors = [np.asarray(batch.ids, np.int64)] if batch.rows else []
+    if batch.starts:
+        tensors.append(np.asarray(batch.prompts, np.int32))
+    return Step(tuple(batch.rows), tuple(batch.starts), (), tuple(batch.ended), batch.number, tensors)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
