@@ -44,6 +44,10 @@ def show(report: "Report", console: Console | None = None) -> None:
     console.print(checks_table(report.checks))
     idle = ", ".join(f"{name} {percent:.1f} %" for name, percent in report.idle_cpu_percent.items())
     console.print(f"Idle CPU: {idle}. Medians of {report.rounds} rounds of {report.seconds} s on {report.cores} cores.")
+    if report.cores_in_use > 0.3:
+        console.print(
+            f"[yellow]Other work kept {report.cores_in_use:.1f} cores busy meanwhile: the figures are rough.[/]"
+        )
     if report.load != "c":
         console.print(f"[yellow]The load came from Python ({report.load_note}), which limits all brokers.[/]")
     if len(report.rows[0].rate) == 1:

@@ -14,9 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from ..cluster.child import Lifeline
+from ..workers.process import PARENT_PIPE
 from .load import Load, LoadFailed
 
-RALMQ, PROXY, ASYNCIO = "ralmq", "zmq.proxy in C", "zmq.asyncio"
+RALMQ, PROXY, ASYNCIO, POLLED = "ralmq", "zmq.proxy in C", "zmq.asyncio", "zmq.asyncio + Poller"
 BROKER = (sys.executable, "-m", "ralmq", "broker", "--bind")
 BASELINES = Path(__file__).resolve().parents[1] / "tests" / "baselines"
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -42,6 +44,12 @@ def cpu_of(pid: int) -> Cpu:
     return Cpu(main, _seconds(f"/proc/{pid}/stat") - main)
 
 
+def busy_seconds() -> float:
+    """CPU seconds that all processes of this machine have used, over all cores."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    return (sum(fields[:8]) - fields[3] - fields[4]) / TICKS  # all but idle and waiting for a disk
+
+
 def free_url() -> str:
     """A loopback address whose port nobody uses now."""
     with socket.socket() as probe:
@@ -53,7 +61,7 @@ class System:
     """One broker that runs, with its load connected to it.
 
     Args:
-        name: RALMQ, PROXY or ASYNCIO.
+        name: RALMQ, PROXY, ASYNCIO or POLLED.
         command: how the broker is started; addresses are appended, two for PROXY.
         load: how the load is started, from load_command().
         sizes: payloads in bytes.
@@ -68,8 +76,16 @@ class System:
         back = free_url() if name == PROXY else front
         addresses = dict.fromkeys((front, back))
         self._stack = ExitStack()
-        self._said = self._stack.enter_context(tempfile.TemporaryFile())
-        self.process = subprocess.Popen([*command, *addresses], stdout=self._said, stderr=self._said)
+        self._said = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (the stack closes it)
+        lifeline = Lifeline()
+        self._stack.callback(lifeline.close)
+        self.process = subprocess.Popen(
+            [*command, *addresses],
+            stdout=self._said,
+            stderr=self._said,
+            env={**os.environ, PARENT_PIPE: str(lifeline.reading)},
+            pass_fds=(lifeline.reading,),
+        )
         self._stack.callback(self._stop)
         try:
             self.load = self._stack.enter_context(Load(load, front, back, sizes, proxied=name == PROXY))
@@ -96,14 +112,17 @@ class System:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.close()
 
 
 def commands(broker: Sequence[str] = BROKER, baselines: Path = BASELINES) -> dict[str, list[str]]:
     """How each system is started; the baselines are there in a checkout of the sources only."""
     found = {RALMQ: list(broker)}
-    for name, file in ((PROXY, "proxy.py"), (ASYNCIO, "plain_asyncio.py")):
-        if (baselines / file).exists():
-            found[name] = [sys.executable, str(baselines / file)]
+    plain = baselines / "plain_asyncio.py"
+    for name, file, more in ((PROXY, baselines / "proxy.py", ()), (ASYNCIO, plain, ()), (POLLED, plain, ("--poller",))):
+        if file.exists():
+            found[name] = [sys.executable, str(file), *more]
     return found

@@ -55,9 +55,14 @@ class Requests:
                 return None
             self._abandon(now, known)
         ended = max(self._ended[0].get(prefix.id, -1), self._ended[1].get(prefix.id, -1))
-        if prefix.attempt <= ended >> 16:
-            self.counts["duplicates"] += 1
-            return None
+        leg = prefix.attempt
+        if ended >= 0:
+            if leg <= ended >> 16:
+                self.counts["duplicates"] += 1
+                return None
+            leg = max(leg, (ended & MAX_ATTEMPT) + 1)
+            if leg > MAX_ATTEMPT:
+                return self._refuse(asker, prefix, Malformed("asked too often under one id: draw a new id"))
         route = self._routes.read(frames[0])
         deadline = now + prefix.deadline / 1000 if prefix.deadline else 0.0
         parent: Record | None = None
@@ -76,7 +81,7 @@ class Requests:
                 return self._tell(asker, Final(body), prefix.id, prefix.attempt)
             service = self.service(route.service)
         record = Record(prefix.id, asker, service, prefix.attempt, deadline, route.priority, frames, now)
-        record.leg = prefix.attempt if ended < 0 else max(prefix.attempt, (ended & MAX_ATTEMPT) + 1)
+        record.leg = leg
         worker = service.choose() if not service.queue.count else None
         if worker is None and (refusal := self._queue(now, record, route.wait_ms)) is not None:
             self._forget(now, service)
@@ -203,7 +208,7 @@ class Requests:
     def measure(self, now: float, seconds: float) -> None:
         """Rates of the services, once an interval; names that nobody offers or waits for are forgotten."""
         for service in list(self.services.values()):
-            service.measure(seconds)
+            service.measure(now, seconds)
             self._forget(now, service)
 
     # -- inside
@@ -230,6 +235,8 @@ class Requests:
             return Busy(f"{waiting}: ask again in {after:.2f} s, or start another worker", retry_after=after)
         if 0.0 < until < float("inf"):
             self._wait(record, until)
+        if not service.queue.count:
+            service.loaded(now)
         self._enqueue(record)
         return None
 

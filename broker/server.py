@@ -23,6 +23,9 @@ from .records import Sent
 
 BATCH: Final = 64  # messages a pass, so that timers and other tasks get their turn
 TICK: Final = 0.01
+LAST: Final = int(zmq.NOBLOCK)  # as plain numbers: `|` of two flags costs more than the send itself
+MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
+READABLE: Final = int(zmq.POLLIN)
 HEARTBEAT_MS: Final = 500
 HEARTBEAT_TIMEOUT_MS: Final = 2000
 LINGER_MS: Final = 1000  # closing at once with a multipart backlog can abort the process
@@ -56,7 +59,12 @@ class Server:
         self._loop = asyncio.get_running_loop()
         epoch = int.from_bytes(os.urandom(4), "little") or 1
         self.core = Core(epoch, self._clock(), self._limits)
-        self._socket = self._open()
+        try:
+            self._socket = self._open()
+        except BaseException:
+            if self._own:
+                self._context.term()
+            raise
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         # the methods of the C level: the wrappers around them cost as much as they do
         self._recv = super(zmq.Socket, self._socket).recv
@@ -99,30 +107,41 @@ class Server:
         return socket
 
     def _pump(self) -> None:
-        """Takes what has arrived, at most a batch, and sends what follows from it."""
-        receive, step, descriptors = self._recv, self.core.step, self._descriptors
+        """Takes what has arrived, at most a batch, and then sends what follows from it.
+
+        Sending once a batch wakes libzmq's own thread once a batch.
+        """
         self._again = False
+        sent: list[Sent] = []
+        drained = False
+        try:
+            drained = self._take(sent)
+        finally:  # a message that cannot be served must not hold up the others
+            self._deliver(sent)
+            if self._outbox:
+                self._retry()
+            if not drained or int(self._socket.get(zmq.EVENTS)) & READABLE:
+                self._pump_soon()
+
+    def _take(self, sent: list[Sent]) -> bool:
+        """Hands messages to the core and collects what is to be sent; True where no more have arrived."""
+        receive, step, descriptors = self._recv, self.core.step, self._descriptors
         now = self._clock()
         try:
             for _ in range(BATCH):
-                key = receive(zmq.NOBLOCK)
-                frame = receive(zmq.NOBLOCK, False)
+                key = receive(LAST)
+                frame = receive(LAST, False)
                 frames = [frame]
                 while frame.more:
-                    frame = receive(zmq.NOBLOCK, False)
+                    frame = receive(LAST, False)
                     if len(frames) <= MAX_FRAMES:  # one more than allowed shows that there were too many
                         frames.append(frame)
                 if key not in descriptors:
                     descriptors[key] = _descriptor(frames[0])
-                sent = step(now, key, frames)
-                if sent:
-                    self._deliver(sent)
+                sent += step(now, key, frames)
         except zmq.Again:
-            if self._outbox:
-                self._retry()
-            if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
-                return
-        self._pump_soon()
+            return True
+        return False
 
     def _pump_soon(self) -> None:
         if not self._again:
@@ -130,50 +149,47 @@ class Server:
             self._loop.call_soon(self._pump)
 
     def _deliver(self, sent: list[Sent]) -> None:
-        for key, frames in sent:
-            if key in self._outbox:
-                self._hold(key, frames)
-                continue
-            try:
-                self._put(key, frames)
-            except zmq.Again:
-                self._hold(key, frames)
-            except zmq.ZMQError as error:
-                self._failed(key, error)
+        """Sends; peers that turn out to be dead are told to the core afterwards, and what follows is sent as well."""
+        while sent:
+            lost: list[tuple[bytes, str]] = []
+            for key, frames in sent:
+                try:
+                    if key not in self._outbox:
+                        self._put(key, frames)
+                        continue
+                except zmq.Again:
+                    pass
+                except zmq.ZMQError as error:
+                    lost.append((key, _death(error)))
+                    continue
+                if not self._outbox.hold(key, frames):
+                    lost.append((key, "did not take what was sent to it"))
+            sent = [message for key, reason in lost for message in self._lost(key, reason)]
 
     def _put(self, key: bytes, frames: list[Any]) -> None:
         send = self._send
-        send(key, zmq.NOBLOCK | zmq.SNDMORE)
-        last = len(frames) - 1
-        for place, frame in enumerate(frames):
-            send(frame, zmq.NOBLOCK if place == last else zmq.NOBLOCK | zmq.SNDMORE, False)
-
-    def _hold(self, key: bytes, frames: list[Any]) -> None:
-        if not self._outbox.hold(key, frames):
-            self._lost(key, "did not take what was sent to it")
+        send(key, MORE)
+        for frame in frames[:-1]:
+            send(frame, MORE, False)
+        send(frames[-1], LAST, False)
 
     def _retry(self) -> None:
         """Sends what is held, as far as the peers take it: a ROUTER does not tell when one of them can take more."""
         for key in self._outbox.peers():
             try:
-                more = True
+                more = key in self._outbox  # the loss of another peer may have ended this one
                 while more:
                     self._put(key, self._outbox.first(key))
                     more = self._outbox.sent(key)
             except zmq.Again:
                 continue
             except zmq.ZMQError as error:
-                self._failed(key, error)
+                self._deliver(self._lost(key, _death(error)))
 
-    def _failed(self, key: bytes, error: zmq.ZMQError) -> None:
-        if error.errno != errno.EHOSTUNREACH:
-            raise error
-        self._lost(key, "died or was cut off")
-
-    def _lost(self, key: bytes, reason: str) -> None:
+    def _lost(self, key: bytes, reason: str) -> list[Sent]:
         self._outbox.drop(key)
         self._descriptors.pop(key, None)
-        self._deliver(self.core.lost(self._clock(), key, reason))
+        return self.core.lost(self._clock(), key, reason)
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(TICK, self._tick)
@@ -193,6 +209,12 @@ class Server:
                 for key in [key for key, number in self._descriptors.items() if number == event["value"]]:
                     self._deliver(self.core.greet(key))
         self._pump_soon()
+
+
+def _death(error: zmq.ZMQError) -> str:
+    if error.errno != errno.EHOSTUNREACH:
+        raise error
+    return "died or was cut off"
 
 
 def _descriptor(frame: zmq.Frame) -> int:

@@ -37,10 +37,8 @@ def worker(
     name: Annotated[str, typer.Option("--name", help="Shown in `ralmq status`, with a suffix.")] = "",
 ) -> None:
     """Run a worker until SIGTERM or Ctrl-C; it waits for the broker for as long as it takes."""
-    logging.basicConfig(
-        level=logging.DEBUG if os.environ.get(DEBUG) else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("ralmq").setLevel(logging.DEBUG if os.environ.get(DEBUG) else logging.INFO)
     from ..workers.options import build
     from ..workers.process import run
     from ..workers.registry import find
@@ -56,9 +54,10 @@ def check_bind(bind: str, *, insecure: bool) -> None:
     """
     if insecure or bind.startswith("ipc://"):
         return
-    if not bind.startswith("tcp://"):
+    host, colon, _ = bind.removeprefix("tcp://").rpartition(":")
+    if not bind.startswith("tcp://") or not colon:
         raise Refused(f"{bind} is no address that a broker binds: give tcp://host:port or ipc://path")
-    host = bind.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    host = host.strip("[]")
     if host == "localhost":
         return
     try:

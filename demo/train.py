@@ -106,11 +106,14 @@ def export(run: Run, data: Data, out: Path) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
     from transformers import __version__ as transformers_version
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     out.mkdir(parents=True, exist_ok=True)
     fresh = build_model(run.settings)
     fresh.load_state_dict(run.model.state_dict())
     fresh.half().save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner can read
     config = json.loads((out / "config.json").read_text())
     config["rope_theta"] = config.get("rope_theta", 10000.0)  # readers before transformers 5 look for it here
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

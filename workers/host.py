@@ -94,7 +94,9 @@ class Host:
             labels=self.worker.labels,
             span=self.worker.span,
         )
-        self.link = Link(self._url, hello, take=self._take, lost=self._forgotten, beat=self._beat, context=self._context)
+        self.link = Link(
+            self._url, hello, take=self._take, lost=self._forgotten, beat=self._beat, context=self._context
+        )
         suffix = self.link.hello.nonce[:2].hex()
         self.link.hello = replace(self.link.hello, name=f"{self._kind}-{suffix}")
         self.client = Client(self.link, wait)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from ralmq.workers.engine.kv import BLOCK, BlockPool, KVCache
+from ralmq.workers.engine.kv import KVCache
+from ralmq.workers.engine.pool import BLOCK, BlockPool
 
 
 def test_what_is_written_to_slots_is_read_by_table() -> None:

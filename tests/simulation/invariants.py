@@ -94,8 +94,8 @@ def _peer(core: Core, peer: Peer) -> None:
     holds(core.roster.peers[peer.key] is peer, "is filed under another key", peer)
     holds(core.roster._by_nonce.get(peer.hello.nonce) is peer, "its nonce leads elsewhere", peer)
     count = len(peer.serving) + len(peer.ending)
-    holds(peer.load == count, f"{peer.name}: load {peer.load}, but {count} requests spend its credit")
-    holds(peer.load <= peer.hello.capacity, f"{peer.name}: {peer.load} requests, capacity {peer.hello.capacity}")
+    holds(peer.load == count, "its load is not the number of requests that spend its credit", peer)
+    holds(peer.load <= peer.hello.capacity, "more requests than its capacity", peer)
     for identity, record in peer.serving.items():
         holds(core.requests.open.get(identity) is record and record.worker is peer, "serves a stray", peer)
     for identity, leg in peer.ending:
@@ -110,7 +110,7 @@ def _peer(core: Core, peer: Peer) -> None:
         holds(len(offering) == len(peer.services), "is not offered", peer)
     else:
         leads = peer.pipeline is not None and peer.pipeline.leader is peer
-        holds(bool(offering) == leads, f"{peer.name}: offered {bool(offering)}, leads {leads}")
+        holds(bool(offering) == leads, "is offered, and leads no pipeline; or the other way round", peer)
     if peer.draining:
         holds(bool(peer.owner.load), "drains with nothing open, and was not let go", peer)
 
@@ -150,7 +150,7 @@ def _queues(core: Core) -> None:
         sizes[record.asker.key] += record.size
     holds(requests.queued_bytes == sum(sizes.values()), f"{requests.queued_bytes} bytes counted in the queues")
     for peer in core.roster.peers.values():
-        holds(peer.queued_bytes == sizes[peer.key], f"{peer.name}: {peer.queued_bytes} bytes counted in the queues")
+        holds(peer.queued_bytes == sizes.get(peer.key, 0), "counts other bytes in the queues than there are", peer)
 
 
 def _pipelines(pipelines: Pipelines) -> None:
@@ -160,13 +160,13 @@ def _pipelines(pipelines: Pipelines) -> None:
         reached = 0
         for place, stage in enumerate(pipeline.stages):
             span = stage.hello.span
-            holds(stage.pipeline is pipeline, f"{stage.name} does not know its pipeline")
-            holds(span is not None and span.first == reached, f"{stage.name} leaves a gap")
+            holds(stage.pipeline is pipeline, "does not know its pipeline", stage)
+            holds(span is not None and span.first == reached, "leaves a gap", stage)
             assert span is not None
             reached = span.last
             holds(span.fingerprint == pipeline.spans[0].fingerprint, "stages of two checkpoints in one pipeline")
             follower = pipeline.stages[place + 1].key if place + 1 < len(pipeline.stages) else None
-            holds(pipeline.after.get(stage.key) == follower, f"{stage.name} forwards to the wrong stage")
+            holds(pipeline.after.get(stage.key) == follower, "forwards to the wrong stage", stage)
         holds(reached == pipeline.spans[0].layers, "a pipeline lacks its last layers")
         seen += pipeline.stages
     holds(len(set(map(id, seen))) == len(seen), "a stage is in two pipelines")

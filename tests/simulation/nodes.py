@@ -145,6 +145,8 @@ class Link:
             ask.attempt += 1
             head = restamped(ask.frames[0], attempt=ask.attempt, deadline=left, epoch=self.epoch)
             self.world.send(self, [head, *ask.frames[1:]])
+            if ask.granted > WINDOW:  # it begins again at 0, and parts that came already bring no new credit
+                self.send(Credit(ask.granted), ask.id, ask.attempt)
 
     def _answer(self, prefix: Prefix, message: Partial | Final | Error) -> None:
         ask = self.asked.get(prefix.id)

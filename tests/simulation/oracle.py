@@ -10,7 +10,7 @@ from ralmq.schema.frame import Prefix, read_prefix
 from ralmq.schema.message import Kind
 from simulation.invariants import holds
 
-SLACK = 0.035  # seconds: a tick, a bucket, and rounding to milliseconds
+SLACK = 0.065  # seconds: a bucket, rounding to milliseconds, and the ticks until this is looked at
 AT_THE_DOOR = ("busy", "no_service", "malformed", "cancelled", "final")  # ends without a trace: same attempt again
 Leg = tuple[bytes, int]  # id, and attempt of the asker or leg of the worker
 

@@ -53,6 +53,7 @@ class Stage(Link):
         self.parked: dict[Key, int] = {}
         self.batch = 0
         self.seen_batch = 0
+        self.back: set[int] = set()  # batches that have come back to the leader
         self.in_flight = 0
         self.free_at = 0.0
         self.hangs = False
@@ -110,6 +111,7 @@ class Stage(Link):
         self.rows.clear()
         self.parked.clear()
         self.batch = self.seen_batch = self.in_flight = 0
+        self.back.clear()
 
     @property
     def _last(self) -> bool:
@@ -125,12 +127,15 @@ class Stage(Link):
 
     def _schedule(self) -> None:
         """A micro-batch of all sequences that may go on and are not in flight."""
+        if self.hangs:
+            self.world.later(self, 0.5, self._schedule)
+            return
         ready = {
             key: sequence
             for key, sequence in self.sequences.items()
             if not sequence.in_flight and (not sequence.until or sequence.position < sequence.until)
         }
-        if not ready or self.in_flight >= IN_FLIGHT or self.hangs:
+        if not ready or self.in_flight >= IN_FLIGHT:
             return
         rows: list[Row] = []
         starts: list[Start] = []
@@ -219,9 +224,9 @@ class Stage(Link):
 
     def _returned(self, step: Step) -> None:
         if step.batch:
-            if step.batch <= self.seen_batch and self.form.stages > 1:
+            if step.batch in self.back:
                 return  # it came twice
-            self.seen_batch = step.batch
+            self.back.add(step.batch)
             self.in_flight -= 1
         for back in step.returns:
             sequence = self.sequences.get((back.id, back.attempt))

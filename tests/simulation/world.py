@@ -23,6 +23,7 @@ class Node(Protocol):
     """What the world needs of a peer."""
 
     name: str
+    known: bool
 
     def receive(self, frames: Frames) -> None: ...
 
@@ -75,6 +76,7 @@ class World:
         self._conns: dict[bytes, Conn] = {}
         self._epoch = seed % 1000
         self._up = True
+        self._ticks = 0
         self.counts: dict[str, int] = {}
         self.start_broker()
         self._tick()
@@ -159,6 +161,8 @@ class World:
 
     def restart_broker(self) -> None:
         """The broker dies and comes back with another epoch and nothing in its tables."""
+        if not self._up:
+            return
         self._up = False
         for port in self.ports.values():
             self._break(port)
@@ -241,7 +245,10 @@ class World:
     def _tick(self) -> None:
         self.after(TICK, self._tick)
         if self._up:
-            self._deliver(self.core.tick(self.now))
+            self._ticks += 1
+            sent = self.core.tick(self.now)
+            if sent or not self._ticks % 4:
+                self._deliver(sent)
 
     def _deliver(self, sent: list[tuple[bytes, Frames]]) -> None:
         """Sends what a step yields, in order; a peer that is found lost meanwhile makes more, behind it."""

@@ -1,10 +1,8 @@
 """Keys and values of past tokens in raw blocks of 16 tokens; who owns which block is decided elsewhere."""
 
-from collections.abc import Iterable
-
 import torch
 
-BLOCK = 16  # tokens
+from .pool import BLOCK
 
 
 class KVCache:
@@ -32,33 +30,3 @@ class KVCache:
         """Keys and values, each [batch, kv_heads, tokens, head_dim], of `batch` equally long block tables laid flat."""
         kv = self._layers[layer].index_select(0, table).view(batch, -1, 2, self.kv_heads, self.head_dim)
         return kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
-
-
-class BlockPool:
-    """Which of `blocks` block ids are free; low ids first."""
-
-    def __init__(self, blocks: int) -> None:
-        self._free = list(range(blocks - 1, -1, -1))
-        self._taken = [False] * blocks
-
-    @property
-    def available(self) -> int:
-        """How many blocks are free."""
-        return len(self._free)
-
-    def take(self, n: int) -> list[int] | None:
-        """`n` block ids, or None (and nothing taken) where fewer are free."""
-        if n > len(self._free):
-            return None
-        ids = [self._free.pop() for _ in range(n)]
-        for block in ids:
-            self._taken[block] = True
-        return ids
-
-    def free(self, ids: Iterable[int]) -> None:
-        """Gives blocks back; ValueError for a block that is not taken."""
-        for block in ids:
-            if not 0 <= block < len(self._taken) or not self._taken[block]:
-                raise ValueError(f"block {block} is not taken")
-            self._taken[block] = False
-            self._free.append(block)

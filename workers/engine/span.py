@@ -12,7 +12,8 @@ from .blocks import Block, Linear, Map
 from .checkpoint import Checkpoint
 from .config import ModelConfig, read_config
 from .families import Loader
-from .kv import BLOCK, KVCache
+from .kv import KVCache
+from .pool import BLOCK
 from .step import Row, check_rows, plan, rope_table
 
 __all__ = ["DTYPES", "Row", "Span"]

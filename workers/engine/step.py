@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .config import ModelConfig
-from .kv import BLOCK
+from .pool import BLOCK
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...schema.errors import RalmqError
+from ...schema.errors import RalmqError, WorkerFailed
 from ...schema.message import Error, Final, Partial, Return, Row
 from ..engine.sample import (
     SamplingParams,
@@ -27,6 +27,7 @@ from .leader import Key
 from .neighbours import Neighbours, Query
 
 CHUNK = 256  # positions of a score in one PARTIAL
+PASSAGES = 2048  # hits with passages that an index answers at once
 
 Array = np.ndarray[Any, Any]
 Sent = tuple[Any, Key, int]  # message, request, sequence number
@@ -50,7 +51,7 @@ class Sequence:
         prompt: ids of the prompt, int32 [n].
         start: absolute position of the first new token; interval and staleness count from there.
         limit: new tokens at most in this attempt.
-        answers: neighbours by the new-token position of their query.
+        answers: neighbours by the position of their query.
         parked: logits [vocab] of the row that waits, and its position.
     """
 
@@ -64,6 +65,31 @@ class Sequence:
     made: int = 0
     answers: dict[int, Neighbours] = field(default_factory=dict)
     parked: tuple[Array, int] | None = None
+
+    def due(self, position: int) -> int:
+        """Position of the query whose answer is mixed in at `position`; -1 for none."""
+        retrieval = self.task.retrieve
+        if retrieval is None:
+            return -1
+        asked = position - retrieval.staleness
+        return asked if asked >= self.start and not (asked - self.start) % retrieval.interval else -1
+
+    def asks(self, row: Row) -> list[int]:
+        """Positions of the queries that this row sends: those due, without any whose answer could never be used.
+
+        One at most, but for the first row of a replay with staleness: it asks anew what the tokens to come still need.
+        """
+        retrieval = self.task.retrieve
+        if retrieval is None:
+            return []
+        end = row.position + row.length
+        first = max(self.start, row.position + 1, end - retrieval.staleness)
+        return [
+            position
+            for position in range(first, end + 1)
+            if not (position - self.start) % retrieval.interval
+            and position + retrieval.staleness < len(self.prompt) + self.limit
+        ]
 
 
 class Last:
@@ -92,10 +118,12 @@ class Last:
         self._sequences[key] = Sequence(key, task, prompt, start, limit, sampling, params.get("metric", "l2"))
 
     def end(self, key: Key, outcome: Outcome) -> None:
-        """The leader cancelled a sequence; a row of it that is parked goes back."""
-        sequence = self._sequences.pop(key, None)
-        if sequence is not None and sequence.parked is not None:
-            outcome.returns.append(Return(*key, -1, True))
+        """The leader lists a sequence as over: it is forgotten, and the row that the leader may wait for goes back.
+
+        Its last STEP has been here before, so that no stage writes to its blocks after this.
+        """
+        self._sequences.pop(key, None)
+        outcome.returns.append(Return(*key, -1, True))
 
     def step(self, rows: tuple[Row, ...], hidden: torch.Tensor, entered: torch.Tensor) -> Outcome:
         """Samples the next token of each row, or parks it, or scores it.
@@ -129,21 +157,20 @@ class Last:
             sequence = self._sequences.get(key)
             if sequence is None:
                 continue
-            sequence.answers[position - sequence.start] = found
-            if sequence.parked is not None and self._due(sequence, sequence.parked[1]) in sequence.answers:
+            sequence.answers[position] = found
+            if sequence.parked is not None and sequence.due(sequence.parked[1]) in sequence.answers:
                 logits, at = sequence.parked
                 sequence.parked = None
                 self._draw(sequence, at, logits, outcome)
         return outcome
 
-    def rejected(self, query: Query, error: RalmqError) -> Outcome:
-        """An index failed: the rows that asked it fail, no other."""
-        return self.fail(query.keys, error)
-
     def fail(self, keys: list[Key], error: RalmqError) -> Outcome:
-        """Ends sequences with an error to their askers; where a row is on its way the leader gets it back."""
+        """Ends sequences with an error to their askers, as where an index failed that these rows asked.
+
+        A row that is parked goes back to the leader; one that is on its way to here will, once it arrives.
+        """
         outcome = Outcome()
-        for key in keys:
+        for key in dict.fromkeys(keys):
             sequence = self._sequences.pop(key, None)
             if sequence is not None:
                 outcome.sent.append((Error(error.code, error.message[:2000]), key, 0))
@@ -154,41 +181,37 @@ class Last:
     # -- inside
 
     def _ask(self, known: list[tuple[Sequence, Row, int]], entered: torch.Tensor, outcome: Outcome) -> None:
-        """One query per index and (k, nprobe) for the rows whose interval it is."""
+        """One query per index and (k, nprobe) for the rows that ask; more only where passages are too many for one."""
+        queries: list[tuple[Query, list[int]]] = []
         groups: dict[tuple[Any, ...], tuple[Query, list[int]]] = {}
         for sequence, row, last in known:
-            retrieval, position = sequence.task.retrieve, row.position + row.length
-            if retrieval is None or (position - sequence.start) % retrieval.interval:
-                continue
-            group = (retrieval.index, retrieval.k, retrieval.nprobe, retrieval.passages)
-            if group not in groups:
-                groups[group] = Query(*group), []
-            query, places = groups[group]
-            query.keys.append(sequence.key)
-            query.positions.append(position)
-            places.append(last)
-        for query, places in groups.values():
+            retrieval = sequence.task.retrieve
+            for position in sequence.asks(row):
+                assert retrieval is not None
+                group = (retrieval.index, retrieval.k, retrieval.nprobe, retrieval.passages)
+                if group not in groups or (
+                    retrieval.passages and (len(groups[group][1]) + 1) * retrieval.k > PASSAGES
+                ):
+                    groups[group] = Query(*group), []
+                    queries.append(groups[group])
+                query, places = groups[group]
+                query.keys.append(sequence.key)
+                query.positions.append(position)
+                places.append(last - (row.position + row.length - position))
+        for query, places in queries:
             query.vectors = entered[torch.tensor(places)].float().cpu().numpy()
             outcome.queries.append(query)
-
-    def _due(self, sequence: Sequence, position: int) -> int:
-        """New-token position of the query whose answer is mixed in at `position`; -1 for none."""
-        retrieval = sequence.task.retrieve
-        if retrieval is None:
-            return -1
-        asked = position - sequence.start - retrieval.staleness
-        return asked if asked >= 0 and asked % retrieval.interval == 0 else -1
 
     def _sample(self, rows: list[tuple[Sequence, int]], logits: Array, outcome: Outcome) -> None:
         plain: list[int] = []
         for place, (sequence, position) in enumerate(rows):
-            due = self._due(sequence, position)
+            due = sequence.due(position)
             if due < 0:
                 plain.append(place)
             elif due in sequence.answers:
                 self._draw(sequence, position, logits[place], outcome)
             else:
-                sequence.parked = logits[place], position
+                sequence.parked = logits[place].copy(), position  # a view would keep the whole batch's logits
         if plain:
             chosen = [rows[place] for place in plain]
             drawn = sample_rows(logits[plain], [s.sampling for s, _ in chosen], [position for _, position in chosen])
@@ -199,11 +222,18 @@ class Last:
         """Mixes the neighbours' next tokens with the model's, then samples: p = lambda p_knn + (1 - lambda) p_lm."""
         retrieval = sequence.task.retrieve
         assert retrieval is not None
-        found = sequence.answers.pop(self._due(sequence, position))
+        found = sequence.answers.pop(sequence.due(position))
         distances = found.distances if sequence.metric == "l2" else -found.distances
         values = found.following[:, retrieval.staleness]
         p = probabilities(logits[None])[0]
-        p = mix(p, *knn_distribution(distances, values, len(p), retrieval.knn_temperature), retrieval.knn_lambda)
+        try:
+            neighbours = knn_distribution(distances, values, len(p), retrieval.knn_temperature)
+        except ValueError as error:  # tokens of another vocabulary: this row alone fails
+            del self._sequences[sequence.key]
+            outcome.sent.append((Error(WorkerFailed.code, f"index {retrieval.index}: {error}"), sequence.key, 0))
+            outcome.returns.append(Return(*sequence.key, -1, True))
+            return
+        p = mix(p, *neighbours, retrieval.knn_lambda)
         token = choose(p, sequence.sampling, position)
         log_p = log_prob(p, token) if sequence.sampling.logprobs else None
         self._took(sequence, position, token, log_p, found, outcome)

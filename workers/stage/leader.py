@@ -11,7 +11,7 @@ from typing import Any
 
 from ...schema.errors import Refused
 from ...schema.message import Active, Return, Row, Start
-from ..engine.kv import BLOCK, BlockPool
+from ..engine.pool import BLOCK, BlockPool
 
 PREFILL = 1024  # tokens of prompts in one micro-batch; a single longer prompt is one of its own
 

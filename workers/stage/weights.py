@@ -9,7 +9,7 @@ from ...schema.message import Span as Offer
 from ..engine.checkpoint import Checkpoint
 from ..engine.config import ModelConfig, read_config
 from ..engine.errors import CheckpointError
-from ..engine.kv import BLOCK
+from ..engine.pool import BLOCK
 from ..engine.span import DTYPES, Span
 from ..models import resolve
 

@@ -1,0 +1,137 @@
+"""Real processes: a cluster comes up, changes, tells what ended, and leaves nothing behind."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ralmq
+from commands import env_of, eventually, runs
+from ralmq.cluster.cluster import Cluster
+from ralmq.cluster.local import local_cluster
+from ralmq.errors import DeadlineExceeded, Refused, WorkerFailed
+
+ECHO = ["echo"]
+
+
+def pids(cluster: Cluster) -> list[int]:
+    return [child.pid for child in cluster.children.values()]
+
+
+def test_a_cluster_serves_grows_and_is_gone_with_its_folder() -> None:
+    async def go() -> tuple[list[int], Path]:
+        async with local_cluster(stages=0, generator=False, extra=[ECHO, ["echo", "-o", "name=two"]]) as cluster:
+            assert list(cluster.children) == ["broker", "echo", "echo-1"]
+            async with ralmq.connect(cluster.url) as client:
+                assert (await client.request("two", {"n": 1})).body == {"n": 1}
+                late = await cluster.spawn("echo", "-o", "name=late", name="late")
+                status = await cluster.ready()
+                assert late.pid in {worker["pid"] for worker in status["workers"]}
+                assert (await client.request("late", {"n": 2})).body == {"n": 2}
+                await cluster.stop("late")
+                assert late.code == 0
+                await cluster.ready()  # one that was asked to end is not missed
+            assert {path.name for path in cluster.directory.iterdir()} >= {"broker.log", "echo.log", "late.log"}
+            return pids(cluster), cluster.directory
+
+    started, folder = asyncio.run(go())
+    assert len(started) == 4
+    assert not any(map(runs, started))
+    assert not folder.exists()
+
+
+def test_every_process_has_one_thread_unless_told(tmp_path: Path) -> None:
+    async def go() -> list[str]:
+        async with Cluster(tmp_path) as cluster:
+            await cluster.spawn("echo")
+            await cluster.spawn("echo", threads=3)
+            await cluster.ready()
+            return [Path(f"/proc/{pid}/environ").read_text() for pid in pids(cluster)]
+
+    found = [part for text in asyncio.run(go()) for part in text.split("\0") if part.startswith("OMP_NUM_THREADS=")]
+    assert [part.partition("=")[2] for part in found] == ["1", "1", "3"]
+
+
+def test_bad_options_of_a_process_reach_the_user_as_they_are() -> None:
+    async def go() -> None:
+        async with local_cluster(stages=0, generator=False, extra=[["echo", "-o", "speed=1"]]):
+            raise AssertionError("it cannot become ready")
+
+    with pytest.raises(Refused, match="^Echo has no option speed"):
+        asyncio.run(go())
+
+
+def test_a_killed_process_is_reported_with_its_last_line(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with Cluster(tmp_path) as cluster:
+            child = await cluster.spawn("echo")
+            await cluster.ready()
+            os.kill(child.pid, signal.SIGKILL)
+            assert await cluster.ended() is child
+            assert child.code == -signal.SIGKILL
+            text = str(child.failure())
+            assert "echo was killed by signal 9" in text and "serves echo" in text and str(child.log) in text
+            with pytest.raises(WorkerFailed, match="killed by signal 9"):
+                await cluster.ready()
+
+    asyncio.run(go())
+
+
+def test_what_is_missing_is_named_when_it_takes_too_long(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with Cluster(tmp_path) as cluster:
+            child = await cluster.spawn("echo", name="sleepy")
+            os.kill(child.pid, signal.SIGSTOP)
+            try:
+                await cluster.ready(within=1.5)
+            finally:
+                os.kill(child.pid, signal.SIGCONT)
+
+    with pytest.raises(DeadlineExceeded, match="sleepy not announced"):
+        asyncio.run(go())
+
+
+def test_a_name_is_taken_while_its_process_runs(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with Cluster(tmp_path) as cluster:
+            await cluster.spawn("echo", name="one")
+            await cluster.spawn("echo", name="one")
+
+    with pytest.raises(Refused, match="one runs in this cluster"):
+        asyncio.run(go())
+
+
+PARENT = """
+import asyncio
+from ralmq.cluster.local import local_cluster
+
+async def main():
+    async with local_cluster(stages=0, generator=False, extra=[["echo"], ["echo", "-o", "name=two"]]) as cluster:
+        print(*(child.pid for child in cluster.children.values()), flush=True)
+        await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_nothing_outlives_its_parent(number: signal.Signals, tmp_path: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=env_of(tmp_path, {"TMPDIR": str(tmp_path)}),
+    )
+    with parent:
+        assert parent.stdout is not None
+        children = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(children) == 3 and all(map(runs, children))
+        parent.send_signal(number)
+        parent.wait(60)
+    eventually(lambda: not any(map(runs, children)))
+    if number == signal.SIGINT:
+        assert list(tmp_path.glob("ralmq-*")) == []
