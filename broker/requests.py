@@ -202,7 +202,7 @@ class Requests:
             if record.state is not State.ENDED:
                 self.fail(now, record, self._too_late(record))
         for record in self._waits.due(now):
-            if record.state is State.QUEUED and not record.service.offers:
+            if not record.service.offers:  # else it waits for a worker that is there
                 self.fail(now, record, self._nobody(record.service))
 
     def measure(self, now: float, seconds: float) -> None:
@@ -235,9 +235,7 @@ class Requests:
             return Busy(f"{waiting}: ask again in {after:.2f} s, or start another worker", retry_after=after)
         if 0.0 < until < float("inf"):
             self._wait(record, until)
-        if not service.queue.count:
-            service.loaded(now)
-        self._enqueue(record)
+        self._enqueue(now, record)
         return None
 
     def _wait(self, record: Record, until: float) -> None:
@@ -246,7 +244,9 @@ class Requests:
         self._waits.add(record, until)
         record.wait = until
 
-    def _enqueue(self, record: Record, *, first: bool = False) -> None:
+    def _enqueue(self, now: float, record: Record, *, first: bool = False) -> None:
+        if not record.service.queue.count:
+            record.service.loaded(now)
         record.state = State.QUEUED
         record.service.queue.push(record, first=first)
         record.asker.queued_bytes += record.size
@@ -263,7 +263,7 @@ class Requests:
         self._orphan(now, record)
         record.leg += 1
         record.size = sum(map(len, record.frames))
-        self._enqueue(record, first=True)
+        self._enqueue(now, record, first=True)
 
     def _next(self, now: float, service: Service, worker: Peer) -> None:
         """What waited longest goes to a worker that has credit."""

@@ -99,8 +99,8 @@ class Roster:
         """
         for peer in sorted(self.peers.values(), key=lambda peer: peer.progress_at):
             if not peer.owner.load and not peer.busy:
-                peer.progress_at = max(peer.progress_at, now - self._limits.beat)
-            elif now - peer.progress_at > peer.hello.stall_ms / 1000:
+                peer.progress_at = now  # its work, when it comes, came at most one interval later
+            elif now - peer.progress_at > peer.hello.stall_ms / 1000 + self._limits.beat:
                 self._tell(peer.key, Gone("no progress past the stall limit"))
                 self.lose(now, peer, "made no progress past its stall limit")
 
@@ -124,8 +124,7 @@ class Roster:
 
     def _forget(self, now: float, peer: Peer) -> None:
         del self.peers[peer.key]
-        if self._by_nonce.get(peer.hello.nonce) is peer:
-            del self._by_nonce[peer.hello.nonce]
+        del self._by_nonce[peer.hello.nonce]
         for service in peer.services:
             service.offers -= 1
             if not service.offers:

@@ -61,17 +61,20 @@ class Service:
         """Seconds until a resend is expected to find room.
 
         Each refused request is promised a place of its own behind those already promised, spaced by the pace of the
-        service, so that the resends of a burst come back spread out and not all at once.
+        service, so that the resends of a burst come back spread out and not all at once. Beyond the ceiling the places
+        begin anew: more of them come than find room, but never all together after a time of nothing.
         """
         pace = EAGERNESS * self._pace(now) or UNKNOWN_PACE
         self._promised = max(0.0, self._promised - pace * (now - self._promised_at)) + 1.0
         self._promised_at = now
+        if self._promised > BUSY_CEILING * pace:
+            self._promised = 1.0
         return min(BUSY_FLOOR + self._promised / pace, BUSY_CEILING)
 
     def _pace(self, now: float) -> float:
         """Half of what was known, half of what this stretch of full load shows."""
         seconds = now - self._loaded_at
-        if seconds < SETTLED:
+        if seconds < SETTLED or not self.queue.count:
             return self.pace
         current = (self.finished - self._loaded_count) / seconds
         return (self.pace + current) / 2 if self.pace and current else self.pace or current

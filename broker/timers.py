@@ -34,6 +34,3 @@ class Timers:
             numbers = [number for number in range(self._done + 1, last + 1) if number in self._buckets]
         self._done = max(self._done, last)
         return [record for number in numbers for record in self._buckets.pop(number).values()]
-
-    def __len__(self) -> int:
-        return sum(map(len, self._buckets.values()))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..schema.errors import Refused
+from ..schema.errors import Refused, WorkerLost
 from .shared import BROKER_VARIABLE, DEFAULT_BROKER, Broker, Json, print_json, run
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ def status(
         str | None,
         typer.Option("--broker", metavar="URL", help="[default: $RALMQ_BROKER, else what `ralmq up` started]"),
     ] = None,
+    expect: Annotated[
+        list[str] | None, typer.Option("--expect", metavar="SERVICE", help="Exit 1 unless it is served; repeatable.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show broker, workers, services and pipelines."""
@@ -32,7 +35,13 @@ def status(
     found = run(_status(url))
     if as_json:
         print_json(found)
-        return
+    else:
+        _show_status(url, found)
+    if missing := [name for name in expect or () if not found["services"].get(name, {}).get("workers")]:
+        raise WorkerLost(f"no worker offers {', '.join(missing)}: start one, or see its log")
+
+
+def _show_status(url: str, found: dict[str, Any]) -> None:
     from rich.console import Console
 
     from .tables import status_tables
@@ -43,6 +52,7 @@ def status(
         f"broker at {url}: up {facts['uptime_s']:.0f} s, {facts['clients']} clients, "
         f"{facts['open_requests']} open requests, {facts['queued_bytes']} bytes queued",
         highlight=False,
+        soft_wrap=True,
     )
     for table in status_tables(found):
         console.print(table)
@@ -70,8 +80,17 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate text from a prompt, shown as it comes."""
-    if retrieve is None and (name := _given(policy=policy, interval=interval, k=k, nprobe=nprobe)):
-        raise Refused(f"--{name} without --retrieve: name the index to retrieve from")
+    retrieval = {
+        "policy": policy.value if policy is not None else None,
+        "interval": interval,
+        "k": k,
+        "nprobe": nprobe,
+        "knn_lambda": knn_lambda,
+        "knn_temperature": knn_temperature,
+    }
+    alone = [name for name, value in retrieval.items() if value is not None]
+    if retrieve is None and alone:
+        raise Refused(f"--{alone[0].replace('_', '-')} without --retrieve: name the index to retrieve from")
     options = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -81,12 +100,7 @@ def generate(
         "stop": stop or None,
         "ignore_eos": ignore_eos or None,
         "retrieve": retrieve,
-        "policy": policy.value if policy is not None else None,
-        "interval": interval,
-        "k": k,
-        "nprobe": nprobe,
-        "knn_lambda": knn_lambda,
-        "knn_temperature": knn_temperature,
+        **retrieval,
     }
     given = {name: value for name, value in options.items() if value is not None}
     document = run(_generate(broker, prompt, model, deadline, given, show=not as_json))
@@ -170,10 +184,6 @@ def _vectors(path: Path) -> Any:
     if not isinstance(found, np.ndarray) or found.ndim not in (1, 2) or found.dtype.kind not in "fiu":
         raise Refused(f"{path}: holds no vectors; save float32 [queries, d] or [d] with numpy.save")
     return found
-
-
-def _given(**options: Any) -> str:
-    return next((name for name, value in options.items() if value is not None), "")
 
 
 def _recorded() -> str:

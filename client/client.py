@@ -9,7 +9,8 @@ from typing import Any, Self
 
 import zmq
 
-from ..schema.errors import Busy
+from ..schema.errors import Busy, Refused
+from ..schema.limits import MAX_DEADLINE_MS
 from ..schema.message import Final, Hello, Partial
 from .generation import Generation, generation_request
 from .link import Link
@@ -93,6 +94,17 @@ class Stream:
             self._link.cancel(pending)
 
 
+def _end(deadline: float) -> float:
+    """Loop time at which a call must have ended.
+
+    Raises:
+        Refused: a deadline that is no number of seconds above 0.
+    """
+    if not 0 < deadline < MAX_DEADLINE_MS / 1000:
+        raise Refused(f"a deadline of {deadline} s is out of range: give seconds above 0")
+    return asyncio.get_running_loop().time() + deadline
+
+
 async def pause(busy: Busy) -> None:
     """Waits until a resend is expected to find room; a little more, so that those who wait do not come at once."""
     await asyncio.sleep(busy.retry_after * random.uniform(1.0, 1.1))
@@ -140,7 +152,7 @@ class Client:
             RalmqError: one class per cause, see ralmq.errors.
         """
         loop = asyncio.get_running_loop()
-        end = loop.time() + deadline
+        end = _end(deadline)
         while True:
             pending = self._link.ask(
                 service,
@@ -183,7 +195,7 @@ class Client:
             window: parts that may be under way; a reader that is slow pauses its own stream alone.
         """
         loop = asyncio.get_running_loop()
-        end = loop.time() + deadline
+        end = _end(deadline)
 
         def ask() -> Pending:
             return self._link.ask(

@@ -54,7 +54,7 @@ class Generation:
 
     Attributes (after the end):
         finish_reason: "stop" (end of text, or a stop string) or "length".
-        usage: prompt_tokens, completion_tokens, seed, and what retrieval asked for.
+        usage: prompt_tokens, completion_tokens, and the seed that was used.
     """
 
     def __init__(self, stream: Stream) -> None:

@@ -150,12 +150,10 @@ class Link:
         Raises:
             ConnectionClosed: the link is not open.
             Malformed: body or tensors cannot travel.
-            Refused: a deadline or a time to wait for the service that is out of range.
+            Refused: a time to wait for the service that is out of range.
         """
         if self._wire is None:
             raise ConnectionClosed("the client is closed: open it with `async with ralmq.connect(url)`")
-        if not 0 < deadline < MAX_DEADLINE_MS / 1000:
-            raise Refused(f"a deadline of {deadline} s is out of range: give seconds above 0")
         if not 0 <= wait_service < MAX_DEADLINE_MS / 1000:
             raise Refused(f"wait_service of {wait_service} s is out of range: give seconds, or 0")
         request = Request(service, priority, window, parent, int(wait_service * 1000), body or {}, tensors)

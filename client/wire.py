@@ -118,7 +118,8 @@ class Wire:
             raise
         while self._waiting and self._put(self._waiting[0]):
             self._waiting.popleft()
-        if more or int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        wanted = zmq.POLLIN | zmq.POLLOUT if self._waiting else zmq.POLLIN
+        if more or int(self._socket.get(zmq.EVENTS)) & wanted:
             self._pump_soon()
 
     def _disconnected(self) -> None:

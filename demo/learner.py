@@ -96,10 +96,10 @@ def bits_per_byte(model: Any, texts: Sequence[Sequence[int]], text_bytes: int, c
     """Bits per byte of text over rows of `context` tokens, the end-of-text tokens between texts counted as cost."""
     import torch
 
-    model.eval()
+    model.train(False)
     with torch.no_grad():
         total = sum(float(loss_sum(model, torch.tensor([row]))) for row in tokens.rows(texts, context))
-    model.train()
+    model.train(True)
     return total / math.log(2) / text_bytes
 
 

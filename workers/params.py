@@ -36,7 +36,8 @@ class Retrieval(Checked):
 
     Attributes:
         interval: retrieve at new-token positions 0, interval, 2 x interval ...
-        staleness: use the answer to the query of so many positions ago, so that its wait is hidden.
+        staleness: use the answer to the query of so many positions ago, so that its wait is hidden. Queries whose
+            answer would come to use behind the last token are not sent: T tokens send ceil((T - staleness) / interval).
         knn_lambda: weight of the neighbours' distribution.
         knn_temperature: softmax(-distance / temperature) over the neighbours.
         passages: send what was retrieved along with the tokens.
@@ -48,7 +49,7 @@ class Retrieval(Checked):
     interval: int = Field(default=1, ge=1)
     staleness: int = Field(default=0, ge=0, le=7)
     knn_lambda: float = Field(default=0.25, ge=0.0, le=1.0)
-    knn_temperature: float = Field(default=10.0, gt=0.0)
+    knn_temperature: float = Field(default=10.0, ge=1e-6)
     passages: bool = False
 
 

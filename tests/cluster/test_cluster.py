@@ -60,7 +60,7 @@ def test_bad_options_of_a_process_reach_the_user_as_they_are() -> None:
         async with local_cluster(stages=0, generator=False, extra=[["echo", "-o", "speed=1"]]):
             raise AssertionError("it cannot become ready")
 
-    with pytest.raises(Refused, match="^Echo has no option speed"):
+    with pytest.raises(Refused, match=r"^Echo has no option speed"):
         asyncio.run(go())
 
 

@@ -29,7 +29,7 @@ def test_a_record_lives_as_long_as_its_supervisor(tmp_path: Path) -> None:
         found = running(tmp_path)
         assert found is not None and found["ready"]
         with (
-            pytest.raises(Refused, match="up already at tcp://127.0.0.1:1: end it with `ralmq down`"),
+            pytest.raises(Refused, match=r"up already at tcp://127.0.0.1:1: end it with `ralmq down`"),
             holding(tmp_path),
         ):
             pass

@@ -47,7 +47,7 @@ SAMPLES: list[Message] = [
         idempotent=True,
         stall_ms=30_000,
         labels={"zone": "a", "shard": 0},
-        span=Span("demo", "f" * 64, 0, 3, 6, 512, 32, 2048),
+        span=Span("demo", "f" * 64, 3, 6, 6, 512, 32, 2048),
     ),
     Welcome(),
     Welcome(features=0, beat_ms=250, name="echo-00aa"),

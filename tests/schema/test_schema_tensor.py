@@ -121,6 +121,7 @@ def torch_layouts() -> dict[str, torch.Tensor]:
         "computed": base.clone().requires_grad_() * 2,
         "parameter": torch.nn.Parameter(base.clone()),
         "negated lazily": torch.tensor([1 + 2j, 3 - 4j]).conj().imag,
+        "negated lazily, contiguous": torch.tensor([1 + 2j]).conj().imag,
         "inference": torch.inference_mode()(lambda: base + 1)(),
     }
 
@@ -169,6 +170,7 @@ def test_a_frame_keeps_the_tensor_alive_and_lets_it_go() -> None:
     frames = encode(Request("echo", tensors=[value]))
     del value
     gc.collect()
+    assert memory() is not None
     assert bytes(frames[1]) == expected
     array = np.ones(3000)
     seen = weakref.ref(array)
@@ -180,6 +182,16 @@ def test_a_frame_keeps_the_tensor_alive_and_lets_it_go() -> None:
     del frames
     gc.collect()
     assert memory() is None
+
+
+def test_a_frame_does_not_keep_what_a_gradient_would_need() -> None:
+    factor = torch.full((3000,), 2.0)
+    saved = weakref.ref(factor.untyped_storage())
+    frames = encode(Request("echo", tensors=[torch.ones(3000, requires_grad=True) * factor]))
+    assert len(frames) == 2 and saved() is not None
+    del factor
+    gc.collect()
+    assert saved() is None
 
 
 def test_a_received_tensor_is_a_view_of_its_frame() -> None:

@@ -6,6 +6,7 @@ from ralmq.broker.core import Core
 from ralmq.broker.pipelines import Pipelines
 from ralmq.broker.records import Peer, Record, State
 from ralmq.broker.requests import serves
+from ralmq.schema.message import Span
 
 
 class Broken(AssertionError):
@@ -49,9 +50,8 @@ def quiescent(core: Core) -> None:
     """
     requests = core.requests
     holds(not requests.open, f"{len(requests.open)} requests never ended")
-    holds(not len(requests._deadlines), f"{len(requests._deadlines)} deadlines were left")
-    holds(not len(requests._waits), f"{len(requests._waits)} waits were left")
-    holds(not requests._deadlines._buckets and not requests._waits._buckets, "empty timer buckets were left")
+    holds(not requests._deadlines._buckets, "deadlines were left")
+    holds(not requests._waits._buckets, "waits were left")
     holds(not requests.queued_bytes, f"{requests.queued_bytes} queued bytes were left")
     for peer in core.roster.peers.values():
         held = (peer.load, len(peer.serving), len(peer.ending), len(peer.asked), peer.queued_bytes)
@@ -122,7 +122,7 @@ def _tables(core: Core) -> None:
     running = sum(record.state is State.RUNNING for record in requests.open.values())
     holds(sum(len(peer.serving) for peer in peers) == running, "serving and running differ")
     due = sum(bool(record.deadline) for record in requests.open.values())
-    holds(len(requests._deadlines) == due, f"{len(requests._deadlines)} timers for {due} deadlines")
+    holds(sum(map(len, requests._deadlines._buckets.values())) == due, "deadlines and their timers differ")
     offers = Counter(service.name for peer in peers for service in peer.services)
     for service in requests.services.values():
         holds(service.offers == offers[service.name], f"{service.name}: {service.offers} offers counted")
@@ -164,7 +164,7 @@ def _pipelines(pipelines: Pipelines) -> None:
             holds(span is not None and span.first == reached, "leaves a gap", stage)
             assert span is not None
             reached = span.last
-            holds(span.fingerprint == pipeline.spans[0].fingerprint, "stages of two checkpoints in one pipeline")
+            holds(_checkpoint(span) == _checkpoint(pipeline.spans[0]), "stages of two checkpoints in one pipeline")
             follower = pipeline.stages[place + 1].key if place + 1 < len(pipeline.stages) else None
             holds(pipeline.after.get(stage.key) == follower, "forwards to the wrong stage", stage)
         holds(reached == pipeline.spans[0].layers, "a pipeline lacks its last layers")
@@ -180,9 +180,13 @@ def _pipelines(pipelines: Pipelines) -> None:
 def _covered(stages: list[Peer]) -> bool:
     """Whether some of the stages join into a whole model; by search, unlike the broker's own way."""
     spans = [span for stage in stages if (span := stage.hello.span) is not None]
-    reached = {(span.fingerprint, span.last) for span in spans if span.first == 0}
+    reached = {(_checkpoint(span), span.last) for span in spans if span.first == 0}
     while True:
-        more = {(span.fingerprint, span.last) for span in spans if (span.fingerprint, span.first) in reached}
+        more = {(_checkpoint(span), span.last) for span in spans if (_checkpoint(span), span.first) in reached}
         if more <= reached:
-            return any((span.fingerprint, span.layers) in reached for span in spans)
+            return any((_checkpoint(span), span.layers) in reached for span in spans)
         reached |= more
+
+
+def _checkpoint(span: Span) -> tuple[str, str, int]:
+    return span.model, span.fingerprint, span.layers

@@ -155,7 +155,7 @@ class Scenario:
     def _idle(self) -> bool:
         """Nothing is under way, for clients and broker, and whoever was stopped or replaced is back."""
         asked = all(ask.ended for client in self.clients for ask in client.asked.values())
-        nodes = all(node.known and not port.stopped for node, port in self.world.ports.items())
+        nodes = all(node.known and not node.left and not port.stopped for node, port in self.world.ports.items())
         loads = any(peer.load for peer in self.world.core.roster.peers.values())
         return asked and nodes and not loads and len(self.plan) == self.servers
 

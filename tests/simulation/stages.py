@@ -52,7 +52,7 @@ class Stage(Link):
         self.rows: dict[Key, dict[str, Any]] = {}  # at the last stage: the parameters of each sequence
         self.parked: dict[Key, int] = {}
         self.batch = 0
-        self.seen_batch = 0
+        self.seen: set[int] = set()  # batches that have come here
         self.back: set[int] = set()  # batches that have come back to the leader
         self.in_flight = 0
         self.free_at = 0.0
@@ -110,7 +110,8 @@ class Stage(Link):
         self.sequences.clear()
         self.rows.clear()
         self.parked.clear()
-        self.batch = self.seen_batch = self.in_flight = 0
+        self.batch = self.in_flight = 0
+        self.seen.clear()
         self.back.clear()
 
     @property
@@ -151,8 +152,8 @@ class Stage(Link):
     def _step(self, prefix: Prefix, step: Step) -> None:
         if prefix.flags & RETURN:
             self._returned(step)
-        elif step.batch > self.seen_batch:  # else it came twice
-            self.seen_batch = step.batch
+        elif step.batch not in self.seen:  # else it came twice
+            self.seen.add(step.batch)
             self._compute(step)
 
     def _compute(self, step: Step) -> None:

@@ -24,6 +24,7 @@ class Node(Protocol):
 
     name: str
     known: bool
+    left: bool
 
     def receive(self, frames: Frames) -> None: ...
 

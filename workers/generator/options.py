@@ -1,9 +1,9 @@
 """The body of a request to `generate:<model>`, checked, and the task for the pipeline that follows from it."""
 
 import random
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..params import MAX_TOKENS, Checked, Retrieval, Task
 
@@ -17,7 +17,7 @@ class Options(Checked):
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
-    stop: tuple[str, ...] = Field(default=(), max_length=16)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), max_length=16)
     ignore_eos: bool = False
     logprobs: bool = False
     retrieve: str | None = None
@@ -27,8 +27,13 @@ class Options(Checked):
     k: int = Field(default=8, ge=1, le=1024)
     nprobe: int | None = Field(default=None, ge=1)
     knn_lambda: float = Field(default=0.25, ge=0.0, le=1.0)
-    knn_temperature: float = Field(default=10.0, gt=0.0)
+    knn_temperature: float = Field(default=10.0, ge=1e-6)
     passages: bool = False
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     def task(self) -> Task:
         """The request to the pipeline; a seed is drawn where none was given."""

@@ -3,35 +3,70 @@
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+from ...schema.errors import Refused
+
+CONTEXT = 8  # tokens before the next one that its text may depend on
+LONGEST = 4 * CONTEXT  # tokens that are decoded at a time
 
 
 class Detokenizer:
-    """Text of a growing sequence; a character of several tokens appears with the last of them."""
+    """Text of a growing sequence; a character of several tokens appears with the last of them.
+
+    The last few tokens are decoded together each time, since what one adds (a space, an accent) depends on those
+    before it. Bytes that are no whole character yet decode to U+FFFD, at most three of them at the end.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(prompt[-8:]), skip_special_tokens=True)
-        self._open: list[int] = []
+        self._ids = list(prompt[-CONTEXT:])
+        self._given = self._decode()
 
     def push(self, token: int) -> str:
         """What this token adds to the text; empty where a character is not complete yet."""
-        text: str | None = self._stream.step(self._tokenizer, token)
-        if text is None:
-            self._open.append(token)
-            return ""
-        self._open.clear()
-        return text
+        self._ids.append(token)
+        text = _settled(self._decode())
+        new = _behind(self._given, text)
+        if new:
+            self._given = text
+        if len(self._ids) > LONGEST:
+            self._ids = self._ids[-CONTEXT:]
+            self._given = _settled(self._decode())
+        return new
 
     def flush(self) -> str:
         """What the last tokens give although a character of theirs was never completed."""
-        text: str = self._tokenizer.decode(self._open, skip_special_tokens=True) if self._open else ""
-        self._open.clear()
+        text = self._decode()
+        new, self._given = _behind(self._given, text), text
+        return new
+
+    def _decode(self) -> str:
+        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         return text
 
 
+def _behind(given: str, text: str) -> str:
+    """The part of a text that differs from, or follows, what was given."""
+    if text.startswith(given):
+        return text[len(given) :]
+    same = (place for place, pair in enumerate(zip(given, text, strict=False)) if pair[0] != pair[1])
+    return text[next(same, len(text)) :]
+
+
+def _settled(text: str) -> str:
+    """A text without the end that may still become another character."""
+    end = len(text)
+    while end > max(0, len(text) - 3) and text[end - 1] == "\N{REPLACEMENT CHARACTER}":
+        end -= 1
+    return text[:end]
+
+
 class Stops:
-    """Finds stop strings in a text that comes in pieces; what may be the beginning of one is held back."""
+    """Finds stop strings in a text that comes in pieces; what may be the beginning of one is held back.
+
+    The one that is complete first ends the text, the longest of them where several are: how the text was cut into
+    pieces makes no difference.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -40,21 +75,18 @@ class Stops:
 
     def push(self, text: str) -> str:
         """The text that may be given away now; after a stop string, `found`, nothing more comes."""
-        if not self._stops:
-            return text
+        if self.found:
+            return ""
         self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            self.found = True
-            return self._held[: min(places)]
-        keep = max(self._beginning(stop) for stop in self._stops)
-        free = len(self._held) - keep
-        given, self._held = self._held[:free], self._held[free:]
+        places = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        self.found = bool(places)
+        end = min(places)[1] if places else len(self._held) - max(map(self._beginning, self._stops), default=0)
+        given, self._held = self._held[:end], "" if self.found else self._held[end:]
         return given
 
     def flush(self) -> str:
         """What was held back, once it is certain that no stop string follows."""
-        given, self._held = ("" if self.found else self._held), ""
+        given, self._held = self._held, ""
         return given
 
     def _beginning(self, stop: str) -> int:
@@ -63,3 +95,33 @@ class Stops:
             if self._held.endswith(stop[:size]):
                 return size
         return 0
+
+
+class Text:
+    """The text of one generation as it grows; empty without a tokenizer.
+
+    Raises:
+        Refused: stop strings, and no tokenizer to find them with.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stops: Sequence[str]) -> None:
+        if tokenizer is None and stops:
+            raise Refused("stop strings need the model's tokenizer.json: add it, or leave stop out")
+        self._detokenizer = Detokenizer(tokenizer, prompt) if tokenizer is not None else None
+        self._stops = Stops(stops)
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was found."""
+        return self._stops.found
+
+    def push(self, token: int) -> str:
+        """What may be given away once this token is known."""
+        return self._stops.push(self._detokenizer.push(token)) if self._detokenizer is not None else ""
+
+    def flush(self) -> str:
+        """What was held back; it, too, ends at a stop string."""
+        if self._detokenizer is None or self.stopped:
+            return ""
+        tail = self._stops.push(self._detokenizer.flush())
+        return tail + self._stops.flush()

@@ -11,9 +11,10 @@ from ...schema.errors import Refused, WorkerFailed
 from ..base import Answer, Request, Worker
 from ..models import resolve
 from .options import Options, wire
-from .text import Detokenizer, Stops
+from .text import Text
 
 RETRIES = 8  # resends to a pipeline whose queue is full
+MOST = 0x7FFF_FFFF  # token ids travel as int32
 
 
 class Generator(Worker):
@@ -44,9 +45,12 @@ class Generator(Worker):
         """
         if self._path.is_file():
             try:
-                self._tokenizer = Tokenizer.from_file(str(self._path))
+                tokenizer = Tokenizer.from_file(str(self._path))
             except Exception as error:  # the library raises plain Exception
                 raise Refused(f"{self._path} cannot be read ({error}): copy it anew from the model") from None
+            tokenizer.no_truncation()  # a prompt that is too long is refused, not cut in silence
+            tokenizer.no_padding()
+            self._tokenizer = tokenizer
 
     def handle(self, request: Request) -> Any:
         return self._embed(request) if request.service.startswith("embed:") else self._generate(request)
@@ -74,12 +78,13 @@ class Generator(Worker):
                 yield {**body, "text": text.push(body["token"]), **self._passages(body)}
                 if text.stopped:
                     break
+        tail = text.flush()
         reason = "stop" if text.stopped else (stream.final.body if stream.final else {}).get("finish_reason", "length")
         usage = {"prompt_tokens": len(ids), "completion_tokens": made, "seed": task.seed}
         request.ending = {
             "finish_reason": reason,
             "usage": usage,
-            "text": text.flush(),
+            "text": tail,
             "position": body.get("position", len(ids)),
         }
 
@@ -89,8 +94,10 @@ class Generator(Worker):
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
             raise Refused("texts: give a list of texts that are not empty")
         tokenizer = self._needed("to embed text")
-        rows = [self._state(tokenizer.encode(text).ids, request) for text in texts]
-        return {"model": self._model}, [np.stack(await asyncio.gather(*rows))]
+        ids = [tokenizer.encode(text).ids for text in texts]
+        if not all(ids):
+            raise Refused("texts: one of them has no token")
+        return {"model": self._model}, [np.stack(await asyncio.gather(*[self._state(row, request) for row in ids]))]
 
     async def _state(self, ids: Sequence[int], request: Request) -> Any:
         """A score computes states of all tokens but the last, so one more is appended, whichever it is."""
@@ -113,7 +120,12 @@ class Generator(Worker):
         if options.prompt is None:
             if len(request.tensors) != 1:
                 raise Refused("no prompt: give text, or token ids as one int32 tensor")
-            return [int(token) for token in request.tensors[0].numpy().reshape(-1)]
+            given = request.tensors[0].numpy()
+            if given.dtype.kind not in "iu" or given.ndim != 1 or not len(given):
+                raise Refused(f"the prompt is {given.dtype} {list(given.shape)}: give at least one id, int32 [n]")
+            if int(given.min()) < 0 or int(given.max()) > MOST:
+                raise Refused("the prompt has ids that no vocabulary holds: give those of the model's tokenizer")
+            return [int(token) for token in given]
         ids: list[int] = self._needed("for a prompt of text").encode(options.prompt).ids
         if not ids:
             raise Refused("the prompt is empty: give at least one token")
@@ -146,28 +158,3 @@ class Generator(Worker):
         if not request.deadline:
             return 600.0
         return max(0.001, request.deadline - asyncio.get_running_loop().time())
-
-
-class Text:
-    """The text of one generation as it grows."""
-
-    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stops: Sequence[str]) -> None:
-        if tokenizer is None and stops:
-            raise Refused("stop strings need the model's tokenizer.json: add it, or leave stop out")
-        self._detokenizer = Detokenizer(tokenizer, prompt) if tokenizer is not None else None
-        self._stops = Stops(stops)
-
-    @property
-    def stopped(self) -> bool:
-        """A stop string was found."""
-        return self._stops.found
-
-    def push(self, token: int) -> str:
-        return self._stops.push(self._detokenizer.push(token)) if self._detokenizer is not None else ""
-
-    def flush(self) -> str:
-        """What was held back; empty after a stop string."""
-        if self._detokenizer is None or self.stopped:
-            return ""
-        tail = self._stops.push(self._detokenizer.flush())
-        return tail + self._stops.flush()

@@ -189,9 +189,7 @@ class Last:
             for position in sequence.asks(row):
                 assert retrieval is not None
                 group = (retrieval.index, retrieval.k, retrieval.nprobe, retrieval.passages)
-                if group not in groups or (
-                    retrieval.passages and (len(groups[group][1]) + 1) * retrieval.k > PASSAGES
-                ):
+                if group not in groups or (retrieval.passages and (len(groups[group][1]) + 1) * retrieval.k > PASSAGES):
                     groups[group] = Query(*group), []
                     queries.append(groups[group])
                 query, places = groups[group]

@@ -9,6 +9,8 @@ from ...schema.errors import WorkerFailed
 from ...schema.tensor import Tensor
 from .leader import Key
 
+FOLLOWING = 8  # tokens behind each neighbour
+
 Array = np.ndarray[Any, Any]
 
 
@@ -56,19 +58,24 @@ def neighbours_of(query: Query, body: dict[str, Any], tensors: tuple[Tensor, ...
         WorkerFailed: the reply does not fit the query.
     """
     rows = len(query.keys)
-    arrays = [tensor.numpy() for tensor in tensors]
-    if len(arrays) < 3 or any(array.shape[:2] != (rows, query.k) for array in arrays[:3]):
+    arrays = [tensor.numpy() for tensor in tensors[:3]]
+    shapes = [(rows, query.k), (rows, query.k), (rows, query.k, FOLLOWING)]
+    if [array.shape for array in arrays] != shapes or [array.dtype.kind for array in arrays] != ["i", "f", "i"]:
         raise WorkerFailed(f"search:{query.index} answered in another shape: is another program serving its name?")
-    payloads = body.get("payloads") or [[] for _ in range(rows)]
-    if len(payloads) != rows:
-        raise WorkerFailed(f"search:{query.index} answered {rows} queries with payloads of {len(payloads)}")
-    found: list[Neighbours] = []
-    for row in range(rows):
-        ids, distances, following = (array[row] for array in arrays[:3])
-        passages = [
-            {"id": int(identity), "distance": float(distance), **payload}
-            for identity, distance, payload in zip(ids, distances, payloads[row], strict=False)
-            if identity >= 0
-        ]
-        found.append(Neighbours(distances, following, passages))
+    ids, distances, following = arrays
+    found = [Neighbours(distances[row], following[row], []) for row in range(rows)]
+    if query.passages:
+        payloads = body.get("payloads")
+        if not isinstance(payloads, list) or [_length(line) for line in payloads] != [query.k] * rows:
+            raise WorkerFailed(f"search:{query.index} answered without a payload for each neighbour")
+        for row, line in enumerate(payloads):
+            known = [place for place in range(query.k) if ids[row, place] >= 0]
+            found[row].passages = [
+                {**line[place], "id": int(ids[row, place]), "distance": float(distances[row, place])} for place in known
+            ]
     return found
+
+
+def _length(line: Any) -> int:
+    """How many maps a list of payloads holds; -1 where it is something else."""
+    return len(line) if isinstance(line, list) and all(isinstance(entry, dict) for entry in line) else -1

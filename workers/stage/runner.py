@@ -3,26 +3,37 @@
 Everything here runs in the compute thread, one call after the other.
 """
 
+import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from ...schema.message import Step
+from ...schema.errors import WorkerFailed
+from ...schema.message import Active, Error, Step
 from ...schema.tensor import Tensor
 from ..engine.span import Row, Span
 from ..tensors import to_torch
 from .last import Last, Outcome
 
+log = logging.getLogger("ralmq.stage")
+
 
 class Runner:
-    """The layers of one span, and what the last one does with their output."""
+    """The layers of one span, and what the last one does with their output.
 
-    def __init__(self, span: Span, fingerprint: str) -> None:
+    Attributes:
+        steps: computed so far; `seconds` is the time that they took.
+        last: None but where the span is the last one.
+    """
+
+    def __init__(self, span: Span, name: str, fingerprint: str) -> None:
         self.steps = 0
-        self.seconds = 0.0  # spent computing
+        self.seconds = 0.0
         self._span = span
+        self._name = name
         self._fingerprint = fingerprint
         self.last: Last | None = None
         self.reset()
@@ -31,35 +42,55 @@ class Runner:
         """A pipeline is formed, or over: nothing of an earlier one counts."""
         self.last = Last(self._span, self._fingerprint) if self._span.is_last else None
 
-    def run(self, step: Step) -> tuple[torch.Tensor | None, Outcome]:
-        """Hidden states for the next stage, or None after the last one; and what the last stage sends."""
+    def run(self, step: Step) -> tuple[Step | None, Outcome]:
+        """The STEP for the next stage, None after the last one; and what is to be sent from here.
+
+        Where the computation raises, its rows end with an error to their askers, and all others go on.
+        """
         begun = time.perf_counter()
-        outcome = Outcome()
-        hidden: torch.Tensor | None = None
-        if self.last is not None:
-            self._start(step)
-        if step.rows:
-            rows = [Row(row.position, row.length, list(row.blocks)) for row in step.rows]
-            x = _values(step.tensors[0])
-            if self.last is None:
-                hidden = self._span.forward(rows, x)
-            else:
-                outcome = self.last.step(step.rows, *self._span.forward(rows, x, ffn_input=True))
-        if self.last is not None:
-            for key in step.ended:
-                self.last.end((key.id, key.attempt), outcome)
+        try:
+            onward, outcome = self._computed(step)
+        except Exception as error:
+            log.error("a step failed", exc_info=error)
+            onward, outcome = self.failed(step, error)
         self.steps += 1
         self.seconds += time.perf_counter() - begun
-        return hidden, outcome
+        return onward, outcome
 
-    def _start(self, step: Step) -> None:
-        assert self.last is not None
+    def failed(self, step: Step, error: Exception) -> tuple[Step | None, Outcome]:
+        """The rows of a STEP fail. Those behind are told that they ended: the last stage gives them back in turn."""
+        text = f"a stage of {self._name} failed: {type(error).__name__}: {error}"[:1900]
+        said = Error(WorkerFailed.code, f"{text} (its log has the place)")
+        ended = (*step.ended, *[Active(row.id, row.attempt) for row in step.rows])
+        outcome = Outcome(sent=[(said, (row.id, row.attempt), 0) for row in step.rows])
+        if self.last is None:
+            return Step(ended=ended, batch=step.batch), outcome
+        for key in ended:
+            self.last.end((key.id, key.attempt), outcome)
+        return None, outcome
+
+    def _computed(self, step: Step) -> tuple[Step | None, Outcome]:
+        rows = [Row(row.position, row.length, list(row.blocks)) for row in step.rows]
+        if self.last is None:
+            if not rows:
+                return step, Outcome()
+            hidden = self._span.forward(rows, _values(step.tensors[0]))
+            return replace(step, tensors=[hidden, *step.tensors[1:]]), Outcome()
+        outcome = Outcome()
+        self._start(step, self.last)
+        if rows:
+            outcome = self.last.step(step.rows, *self._span.forward(rows, _values(step.tensors[0]), ffn_input=True))
+        for key in step.ended:
+            self.last.end((key.id, key.attempt), outcome)
+        return None, outcome
+
+    def _start(self, step: Step, last: Last) -> None:
         if step.starts:
             prompts = np.asarray(_array(step.tensors[1]), dtype=np.int32)
             begin = 0
             for start in step.starts:
                 row = step.rows[start.row]
-                self.last.start((row.id, row.attempt), prompts[begin : begin + start.length].copy(), start.params)
+                last.start((row.id, row.attempt), prompts[begin : begin + start.length].copy(), start.params)
                 begin += start.length
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...schema.errors import RalmqError, WorkerFailed, WorkerLost
+from ...schema.errors import Malformed, RalmqError, Refused, WorkerFailed, WorkerLost
 from ...schema.frame import RETURN, Prefix
-from ...schema.limits import NO_ID
+from ...schema.limits import MAX_ROWS, NO_ID
 from ...schema.message import Beat, Error, Form, Gone, Return, Span, Step
 from ..base import ELSEWHERE, Answer, Request, Worker
 from ..params import Task
@@ -57,6 +57,11 @@ class Stage(Worker):
         max_rows: int = 64,
         capacity: int = 128,
     ) -> None:
+        for option, value in (("threads", threads), ("kv_mib", kv_mib), ("max_rows", max_rows), ("capacity", capacity)):
+            if value < 1:
+                raise Refused(f"{option}={value} is too small: give at least 1")
+        if max_rows > MAX_ROWS:
+            raise Refused(f"max_rows={max_rows} is too large: give at most {MAX_ROWS}")
         self.capacity = capacity
         self._place = place_of(model, stage, layers, name)
         self._threads, self._device, self._dtype = threads, device, dtype
@@ -78,7 +83,7 @@ class Stage(Worker):
         self._loop = asyncio.get_running_loop()
         call = partial(load, self._place, self._device, self._dtype, self._kv_mib, self._max_rows)
         self._loaded = await self._loop.run_in_executor(self._compute, call)
-        self._runner = Runner(self._loaded.span, self._loaded.fingerprint)
+        self._runner = Runner(self._loaded.span, self._place.name, self._loaded.fingerprint)
         self._indexes = Indexes(self._loaded)
 
     async def stop(self) -> None:
@@ -93,6 +98,7 @@ class Stage(Worker):
     async def handle(self, request: Request) -> Answer:
         """One request of `lm:<model>`; the last stage answers it."""
         assert self._loaded is not None
+        leader = self._leader
         task = Task.of(request.body)
         ids = prompt_of(request, task, self._loaded)
         params: dict[str, Any] = {"task": task.model_dump(exclude_defaults=True)}
@@ -104,8 +110,7 @@ class Stage(Worker):
             need = len(ids) + params["limit"] - 1
         if task.retrieve is not None:
             params["metric"] = await self._indexes.check(self.host.client, task.retrieve.index, request)
-        leader = self._leader
-        if leader is None:
+        if leader is None or leader is not self._leader:  # also while an index was asked
             raise WorkerLost(f"the pipeline of {self._place.name} is over: ask again")
         ended: asyncio.Future[None] = self._loop.create_future()
         key = (request.id, request.attempt)
@@ -145,7 +150,9 @@ class Stage(Worker):
     def beat(self, beat: Beat) -> Beat:
         """Progress is compute steps; work in hand is what the compute thread has."""
         runner = self._runner
-        gauges = {"steps": runner.steps, "compute_s": round(runner.seconds, 3)}
+        gauges: dict[str, Any] = {"steps": runner.steps, "compute_s": round(runner.seconds, 3)}
+        if runner.last is not None:
+            gauges["answering"] = len(runner.last)
         if self._leader is not None:
             gauges |= {"sequences": len(self._leader), "free_blocks": self._leader.free_blocks}
         return replace(beat, progress=runner.steps, busy=self._waiting, gauges=gauges)
@@ -176,46 +183,54 @@ class Stage(Worker):
             self._run(_step_of(batch))
 
     def _run(self, step: Step) -> None:
-        keys = [(row.id, row.attempt) for row in step.rows]
-        work = partial(self._runner.run, step)
-        self._submit(work, partial(self._onward, step), partial(self._failed, keys, step.batch))
+        self._submit(partial(self._runner.run, step), partial(self._computed, step))
 
-    def _submit(
-        self, work: Callable[[], Any], done: Callable[[Any], None], failed: Callable[[BaseException], None]
-    ) -> None:
+    def _submit(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Runs `work` in the compute thread, in order; what follows in the event loop, if the pipeline still stands."""
         pipeline = self._pipeline
 
         def ended(future: asyncio.Future[Any]) -> None:
             self._waiting -= 1
-            if future.cancelled() or pipeline != self._pipeline:
-                return
-            error = future.exception()
-            if error is None:
+            if not future.cancelled() and pipeline == self._pipeline:
                 done(future.result())
-            else:
-                failed(error)
 
         self._waiting += 1
         self._loop.run_in_executor(self._compute, work).add_done_callback(ended)
 
-    def _onward(self, step: Step, result: tuple[torch.Tensor | None, Outcome]) -> None:
-        hidden, outcome = result
-        if self._runner.last is None:
-            tensors = ([hidden] if hidden is not None else []) + list(step.tensors[1:])
-            self.host.link.send(replace(step, tensors=tensors), id=self._pipeline)
-        else:
-            self._publish(step.batch, outcome)
+    def _computed(self, step: Step, result: tuple[Step | None, Outcome]) -> None:
+        onward, outcome = result
+        self._publish(step.batch if onward is None else 0, outcome)
+        if onward is None:
+            return
+        try:
+            self.host.link.send(onward, id=self._pipeline)
+        except Malformed as error:  # more than a message holds: rows that do not fit must end, too
+            self._computed(step, self._runner.failed(step, error))
 
     def _publish(self, number: int, outcome: Outcome) -> None:
-        """What the last stage sends: parts and ends to the askers, queries to indexes, rows back to the leader."""
-        for message, (identity, attempt), sequence in outcome.sent:
-            self.host.link.send(message, id=identity, attempt=attempt, sequence=sequence)
+        """What follows from a computation: parts and ends to the askers, queries to indexes, rows to the leader.
+
+        A part that cannot travel ends its sequence.
+        """
+        broken: set[Key] = set()
+        for message, key, sequence in outcome.sent:
+            try:
+                if key not in broken:
+                    self.host.link.send(message, id=key[0], attempt=key[1], sequence=sequence)
+            except Malformed as error:
+                broken.add(key)
+                self._unsendable(key, WorkerFailed(f"a part of the answer cannot travel: {error.message}"))
         for query in outcome.queries:
             self._searches.add(task := self._loop.create_task(self._search(query)))
             task.add_done_callback(self._searches.discard)
         if number or outcome.returns:
             self._give_back(number, tuple(outcome.returns))
+
+    def _unsendable(self, key: Key, error: WorkerFailed) -> None:
+        last = self._runner.last
+        assert last is not None
+        self.host.link.send(Error(error.code, error.message[:2000]), id=key[0], attempt=key[1])
+        self._submit(partial(last.fail, [key], error), partial(self._publish, 0))
 
     def _give_back(self, number: int, returns: tuple[Return, ...]) -> None:
         if self._leader is not None:
@@ -238,21 +253,8 @@ class Stage(Worker):
             )
             work = partial(last.answered, query, neighbours_of(query, reply.body, reply.tensors))
         except RalmqError as error:
-            work = partial(last.rejected, query, error)
-        self._submit(work, partial(self._publish, 0), partial(self._failed, query.keys, 0))
-
-    def _failed(self, keys: list[Key], number: int, error: BaseException) -> None:
-        """A computation raised: its rows end with an error, here and at the leader; the rest goes on."""
-        log.error("a step failed", exc_info=error)
-        if isinstance(error, RalmqError):
-            said = Error(error.code, error.message[:2000])
-        else:
-            said = Error(
-                WorkerFailed.code, f"a stage of {self._place.name} failed: {type(error).__name__}: {error}"[:2000]
-            )
-        for identity, attempt in keys:
-            self.host.link.send(said, id=identity, attempt=attempt)
-        self._give_back(number, tuple(Return(*key, -1, True) for key in keys))
+            work = partial(last.fail, query.keys, error)
+        self._submit(work, partial(self._publish, 0))
 
 
 def _step_of(batch: Batch) -> Step:

@@ -1,0 +1,287 @@
+"""kNN-LM in the loop: a real index of a tiny model's own states, behind the real broker, against plain numpy."""
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ralmq.client.client import Client
+from ralmq.workers.index.datastore import build_datastore
+from ralmq.workers.index.sources import Document
+from ralmq.workers.index.store import OpenIndex, open_index
+from serving import until
+from stage.pipelines import Answered, Cluster, Watched, cluster, generated, lm, prompts, scored, stages
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel
+
+FAMILY, VOCAB, D = "llama", 128, 64
+PROMPT = prompts(1, seed=3)[0]
+MARGIN = 1e-4
+TEMPERATURE = 200.0  # squared distances between random states are in the hundreds
+
+
+@pytest.fixture(scope="module")
+def docs(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 documents of 300 random words each, scored by the model's own pipeline."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCAB)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = np.random.default_rng(8).integers(3, VOCAB, (4, 300))
+    documents = [Document(f"{n}.txt", " ".join(f"w{word}" for word in line)) for n, line in enumerate(words)]
+    out = tmp_path_factory.mktemp("index") / "docs"
+
+    async def main() -> None:
+        async with cluster(*stages(checkpoint(FAMILY), 2)) as running:
+            manifest = await build_datastore(
+                running.client, model="m", name="docs", documents=documents, tokenizer=tokenizer, out=out
+            )
+            assert (manifest.dimension, manifest.ntotal) == (D, 4 * 299)
+
+    asyncio.run(main())
+    return out
+
+
+def with_index(path: Path, docs: Path, body: Callable[[Cluster, Watched], Any], count: int = 2, **options: Any) -> None:
+    """Runs `body` against a pipeline and an index, and sees to it that nothing of it is left behind."""
+
+    async def main() -> None:
+        index = Watched(index=docs)
+        async with cluster(*stages(path, count, **options), index) as running:
+            await body(running, index)
+            index.gate.set()
+            await running.settled()
+
+    asyncio.run(main())
+
+
+def knn(**options: Any) -> dict[str, Any]:
+    """The retrieval of a task."""
+    return {"index": "docs", "knn_temperature": TEMPERATURE, **options}
+
+
+def test_an_interval_sends_exactly_so_many_vectors(checkpoint: Callable[[str], Path], docs: Path) -> None:
+    """ceil(T / r) for each sequence, alone and among others; ceil((T - s) / r) with staleness s."""
+
+    async def body(running: Cluster, index: Watched) -> None:
+        for interval in (1, 3, 8):
+            for tokens in (10, 64):
+                index.asked.clear()
+                await generated(running.client, PROMPT, max_tokens=tokens, retrieve=knn(interval=interval))
+                assert index.vectors == math.ceil(tokens / interval) == len(index.asked)
+                assert {vectors.shape for vectors in index.asked} == {(1, D)}
+        for staleness in (1, 3):
+            index.asked.clear()
+            retrieve = knn(interval=3, staleness=staleness)
+            await generated(running.client, PROMPT, max_tokens=64, retrieve=retrieve)
+            assert index.vectors == math.ceil((64 - staleness) / 3)
+        index.asked.clear()
+        tasks = [(prompt, interval) for prompt in prompts(4, seed=6) for interval in (1, 3, 8)]
+        await asyncio.gather(*[generated(running.client, p, max_tokens=10, retrieve=knn(interval=r)) for p, r in tasks])
+        assert index.vectors == 4 * (10 + 4 + 2)
+        assert len(index.asked) < index.vectors, "rows of one micro-batch ask together"
+
+    with_index(checkpoint(FAMILY), docs, body)
+
+
+def test_lambda_0_equals_plain_generation(checkpoint: Callable[[str], Path], docs: Path) -> None:
+    async def body(running: Cluster, index: Watched) -> None:
+        for sampling in (
+            {},
+            {"temperature": 0.9, "seed": 5},
+            {"temperature": 1.2, "top_k": 20, "top_p": 0.8, "seed": 6},
+        ):
+            options = {"max_tokens": 40, "logprobs": True, **sampling}
+            plain = await generated(running.client, PROMPT, **options)
+            mixed = await generated(running.client, PROMPT, retrieve=knn(knn_lambda=0.0), **options)
+            assert mixed.tokens == plain.tokens
+            assert np.allclose(mixed.logprobs, plain.logprobs, atol=1e-5)  # type: ignore[arg-type]
+            other = await generated(running.client, PROMPT, retrieve=knn(knn_lambda=0.9), **options)
+            assert other.tokens != plain.tokens
+        assert index.vectors == 6 * 40
+
+    with_index(checkpoint(FAMILY), docs, body)
+
+
+class Offline:
+    """kNN-LM by its definition, in float64 numpy: all distances, no index, no pipeline."""
+
+    def __init__(self, path: Path, keys: np.ndarray) -> None:
+        opened: OpenIndex = open_index(path)
+        self.keys = keys.astype(np.float64)
+        self.following = opened.following(np.arange(len(keys)))
+
+    def p(self, query: np.ndarray, k: int, which: int) -> np.ndarray:
+        """Of every token, from the k entries nearest to a query."""
+        distances = ((self.keys - query) ** 2).sum(1)
+        nearest = np.argsort(distances)[:k]
+        weights = np.exp(-distances[nearest] / TEMPERATURE)
+        tokens = self.following[nearest, which]
+        p = np.zeros(VOCAB)
+        np.add.at(p, tokens[tokens >= 0], weights[tokens >= 0])
+        return p / p.sum()
+
+
+async def keys_of(client: Client, docs: Path) -> np.ndarray:
+    """The states that the index must hold, from mode score over its own documents."""
+    stream = open_index(docs)._stream
+    lines = [stream.tokens[a:b].tolist() for a, b in zip(stream.starts, stream.ends, strict=True)]
+    parts = [await scored(client, line[:250]) for line in lines]
+    return np.concatenate([hidden for hidden, _ in parts])
+
+
+@pytest.mark.parametrize(("interval", "staleness"), [(1, 0), (3, 0), (1, 1), (1, 3), (4, 3)])
+def test_mixing_equals_a_reference_in_numpy(
+    interval: int,
+    staleness: int,
+    checkpoint: Callable[[str], Path],
+    docs: Path,
+    oracle: Callable[[str], PreTrainedModel],
+) -> None:
+    """p of each chosen token within 1e-6, from the states and log p that mode score gives for the finished text."""
+    k, weight, tokens = 8, 0.4, 40
+    results: list[tuple[Answered, np.ndarray, np.ndarray, list[np.ndarray], np.ndarray]] = []
+
+    async def body(running: Cluster, index: Watched) -> None:
+        retrieve = knn(k=k, interval=interval, staleness=staleness, knn_lambda=weight)
+        answer = await generated(running.client, PROMPT, max_tokens=tokens, logprobs=True, retrieve=retrieve)
+        hidden, log_p = await scored(running.client, PROMPT + answer.tokens)
+        results.append((answer, hidden, log_p, list(index.asked), await keys_of(running.client, docs)))
+
+    with_index(checkpoint(FAMILY), docs, body, count=3)
+    ((answer, hidden, log_p, asked, keys),) = results
+    stored = open_index(docs)._index.reconstruct_n(0, 4 * 299).reshape(4, 299, D)
+    assert np.allclose(stored[:, :249].reshape(-1, D), keys, atol=1e-4), "the index holds states of mode score"
+    offline = Offline(docs, stored.reshape(-1, D))
+    with torch.inference_mode():
+        logits = oracle(FAMILY)(torch.tensor([PROMPT + answer.tokens])).logits[0].double()
+    begin, vectors, mixed = len(PROMPT) - 1, np.concatenate(asked), 0
+    for place, token in enumerate(answer.tokens):
+        whole = logits[begin + place].softmax(-1).numpy()
+        p = math.exp(log_p[begin + place])
+        if place >= staleness and (place - staleness) % interval == 0:
+            query = hidden[begin + place - staleness]
+            assert np.allclose(query, vectors[mixed], atol=1e-4), "the query is the state that mode score gives"
+            neighbours = offline.p(vectors[mixed], k, staleness)
+            p = weight * neighbours[token] + (1 - weight) * p
+            whole = weight * neighbours + (1 - weight) * whole
+            mixed += 1
+        logprob = answer.logprobs[place]
+        assert logprob is not None and abs(math.exp(logprob) - p) < 1e-6
+        first, second = np.sort(whole)[:-3:-1]
+        assert first - second < MARGIN or int(whole.argmax()) == token
+    assert mixed == math.ceil((tokens - staleness) / interval) == len(vectors)
+
+
+def test_rows_that_wait_for_neighbours_do_not_stop_the_others(checkpoint: Callable[[str], Path], docs: Path) -> None:
+    """While the index answers nobody, others generate to their end beside the parked rows, and new ones begin."""
+
+    async def body(running: Cluster, index: Watched) -> None:
+        index.gate.clear()
+        waiting = [asyncio.create_task(generated(running.client, p, max_tokens=9, retrieve=knn())) for p in prompts(3)]
+        await until(lambda: index.vectors == 3)
+        others = await asyncio.gather(*[generated(running.client, p, max_tokens=30) for p in prompts(5, seed=7)])
+        assert [len(other.tokens) for other in others] == [30] * 5
+        assert not any(task.done() for task in waiting) and index.vectors == 3
+        index.gate.set()
+        assert [len(answer.tokens) for answer in await asyncio.gather(*waiting)] == [9] * 3
+        assert index.vectors == 27
+
+    with_index(checkpoint(FAMILY), docs, body)
+
+
+def test_staleness_hides_the_wait(checkpoint: Callable[[str], Path], docs: Path) -> None:
+    """With staleness 3 three more tokens come before the first answer is needed."""
+
+    async def body(running: Cluster, index: Watched) -> None:
+        for staleness in (0, 1, 3):
+            index.gate.clear()
+            stream = lm(running.client, PROMPT, max_tokens=9, ignore_eos=True, retrieve=knn(staleness=staleness))
+            for _ in range(staleness):
+                await anext(stream)
+            following = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0.1)
+            assert not following.done()
+            index.gate.set()
+            await following
+            assert len([part async for part in stream]) == 9 - staleness - 1
+
+    with_index(checkpoint(FAMILY), docs, body)
+
+
+def test_passages_tell_where_neighbours_stand(checkpoint: Callable[[str], Path], docs: Path) -> None:
+    async def body(running: Cluster, index: Watched) -> None:
+        retrieve = knn(k=4, interval=2, passages=True)
+        stream = lm(running.client, PROMPT, max_tokens=5, ignore_eos=True, retrieve=retrieve)
+        bodies = [part.body async for part in stream]
+        opened = open_index(docs)
+        for place, body in enumerate(bodies):
+            assert ("passages" in body) == (place % 2 == 0)
+            if place % 2 == 0:
+                ids, distances = opened.search(index.asked[place // 2], 4)
+                assert [passage["id"] for passage in body["passages"]] == ids[0].tolist()
+                assert np.allclose([passage["distance"] for passage in body["passages"]], distances[0])
+                wanted = [p.tokens.tolist() for p in opened.passages(ids[0]) if p is not None]
+                assert [passage["tokens"] for passage in body["passages"]] == wanted
+
+    with_index(checkpoint(FAMILY), docs, body)
+
+
+def test_an_answer_that_comes_after_the_cancel_is_dropped(checkpoint: Callable[[str], Path], docs: Path) -> None:
+    async def body(running: Cluster, index: Watched) -> None:
+        index.gate.clear()
+        stream = lm(running.client, PROMPT, max_tokens=9, retrieve=knn())
+        first = asyncio.ensure_future(anext(stream))
+        other = asyncio.create_task(generated(running.client, PROMPT, max_tokens=9, retrieve=knn()))
+        await until(lambda: index.vectors == 2)
+        await stream.aclose()
+        await asyncio.wait([first])
+        assert first.exception() is not None
+        last = running.hosts[1].worker
+        await until(lambda: len(last._runner.last) == 1)  # type: ignore[attr-defined]
+        index.gate.set()
+        assert len((await other).tokens) == 9 and index.vectors == 10
+
+    with_index(checkpoint(FAMILY), docs, body)
+
+
+def test_a_foreign_index_is_refused_before_any_computation(
+    checkpoint: Callable[[str], Path], docs: Path, tmp_path: Path
+) -> None:
+    """Another model's index of the same width, an index of another width, and a name that nobody serves."""
+    from ralmq.errors import NoService, RalmqError, Refused
+    from ralmq.workers.index.writer import write_index
+
+    opened = open_index(docs)
+    stream, entries = opened._stream, opened._stream.entries()
+    same = opened.manifest.fingerprint
+    for name, width, fingerprint in (("alien", D, "f" * 16), ("wide", D + 1, same)):
+        vectors = np.zeros((len(entries), width), np.float32)
+        given = replace(stream)
+        write_index(
+            tmp_path / name,
+            name=name,
+            vectors=vectors,
+            stream=given,
+            entries=entries,
+            model="other",
+            fingerprint=fingerprint,
+        )
+
+    async def body(running: Cluster, index: Watched) -> None:
+        await running.add(*[Watched(index=tmp_path / name) for name in ("alien", "wide")])
+        wanted: dict[str, tuple[type[RalmqError], str]] = {
+            "alien": (Refused, f"index alien was built with other .ffffffffffffffff, d={D}.*build it anew"),
+            "wide": (Refused, f"d={D + 1}.*, not with this model"),
+            "nobody": (NoService, "search:nobody"),
+        }
+        for name, (kind, said) in wanted.items():
+            with pytest.raises(kind, match=said):
+                await generated(running.client, PROMPT, retrieve=knn(index=name))
+        assert [host.worker._runner.steps for host in running.hosts[:2]] == [0, 0]  # type: ignore[attr-defined]
+        assert len((await generated(running.client, PROMPT, max_tokens=3, retrieve=knn())).tokens) == 3
+
+    with_index(checkpoint(FAMILY), docs, body)
