@@ -191,8 +191,7 @@ class Requests:
     def fail(self, now: float, record: Record, error: RalmqError) -> None:
         """Ends a request with an ERROR to its asker; a worker that serves it is told to stop."""
         self.counts[error.code] += 1
-        message = Error(error.code, error.message[:2000], int(error.retry_after * 1000))
-        self._tell(record.asker, message, record.id, record.attempt)
+        self._tell(record.asker, Error(error.code, error.message[:2000]), record.id, record.attempt)
         self._stop(record, Cancel(error.code))
         self._end(now, record)
 

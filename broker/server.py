@@ -54,6 +54,7 @@ class Server:
         self._descriptors: dict[bytes, int] = {}
         self._clock = time.monotonic
         self._again = False
+        self._closed = False
 
     async def __aenter__(self) -> "Server":
         self._loop = asyncio.get_running_loop()
@@ -74,9 +75,11 @@ class Server:
         self._loop.add_reader(self._monitor.fileno(), self._disconnected)
         self._timer = self._loop.call_later(TICK, self._tick)
         self._pump()
+        self._disconnected()  # takes the edge of the monitor's own connection, or the first real one would not show
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._closed = True
         self._timer.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_reader(self._monitor.fileno())
@@ -112,6 +115,8 @@ class Server:
         Sending once a batch wakes libzmq's own thread once a batch.
         """
         self._again = False
+        if self._closed:  # a pass that was asked for before
+            return
         sent: list[Sent] = []
         drained = False
         try:

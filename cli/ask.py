@@ -2,6 +2,7 @@
 
 import enum
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,6 +103,8 @@ def generate(
         "retrieve": retrieve,
         **retrieval,
     }
+    if retrieve is not None and as_json:
+        options["passages"] = True
     given = {name: value for name, value in options.items() if value is not None}
     document = run(_generate(broker, prompt, model, deadline, given, show=not as_json))
     if as_json:
@@ -169,7 +172,28 @@ async def _search(url: str, index: str, query: Any, k: int, nprobe: int | None) 
     from ..client.client import connect
 
     async with connect(url) as client:
-        return await client.search(index, query, k=k, nprobe=nprobe)
+        hits = await client.search(index, query, k=k, nprobe=nprobe)
+        info = (await client.request(f"search:{index}", {"info": True})).body
+    if (decode := _decoder(str(info.get("model", "")))) is not None:
+        for payload in (payload for row in hits.payloads for payload in row if "tokens" in payload):
+            payload["text"] = decode(payload["tokens"])
+    return hits
+
+
+def _decoder(model: str) -> Callable[[list[int]], str] | None:
+    """Token ids to text, where the model of that name is on this machine; an index knows tokens alone."""
+    from ..workers.models import resolve
+
+    try:
+        vocabulary = resolve(model)[1] / "tokenizer.json"
+    except Refused:
+        return None
+    if not vocabulary.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(vocabulary))
+    return lambda ids: str(tokenizer.decode(ids))
 
 
 def _vectors(path: Path) -> Any:

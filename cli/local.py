@@ -1,6 +1,8 @@
 """`ralmq up`, `down`, `logs`: the one cluster of this user on this machine. Knows its record, no process inside."""
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -59,13 +61,16 @@ def down() -> None:
     if found is None:
         typer.echo("no cluster is up")
         return
-    os.kill(found["pid"], signal.SIGTERM)
-    end = time.monotonic() + DOWN_WITHIN
-    while running(directory) is not None:
-        if time.monotonic() > end:
-            os.kill(found["pid"], signal.SIGKILL)
-            end = float("inf")
-        time.sleep(POLL)
+    try:
+        supervisor = os.pidfd_open(found["pid"])
+    except ProcessLookupError:
+        return  # it ended just now
+    with open(supervisor) as handle:
+        for number, within in ((signal.SIGTERM, DOWN_WITHIN), (signal.SIGKILL, None)):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(supervisor, number)
+            if select.select([handle], [], [], within)[0]:
+                break
     typer.echo("ended")
 
 

@@ -41,7 +41,7 @@ def hits_table(texts: Sequence[Sequence[Mapping[str, Any]]], ids: Any, distances
         for payload, identity, distance in zip(payloads, ids[query], distances[query], strict=False):
             if identity < 0:
                 continue
-            text = " ".join(str(payload.get("text", "")).split())
+            text = " ".join(str(payload.get("text", payload.get("tokens", ""))).split())
             document = str(payload.get("document", ""))
             table.add_row(str(query), str(identity), f"{distance:.4g}", escape(document), escape(text))
         table.add_section()

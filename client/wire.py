@@ -57,6 +57,7 @@ class Wire:
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._loop.add_reader(self._socket.fileno(), self._pump)
         self._loop.add_reader(self._monitor.fileno(), self._disconnected)
+        self._disconnected()  # takes the edge of the monitor's own connection, or the first real one would not show
         self._pump_soon()
 
     @property

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 FEWEST = 2_000  # tokens of a folder: with fewer, what is held out measures nothing
 LONGEST_PART = 8_000  # characters
-PROMPT = "numpy.linspace(start, stop, num=50, endpoint=True)\n\nReturn"
-PROMPT_LENGTH = 60  # characters of a folder's own prompt
+ASKED = "numpy.interp"  # the document that the prompt begins, where it is there
+PROMPT_LENGTH = 240  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class Texts:
         development: held out, to choose lambda and temperature on.
         held_out: held out, to measure on.
         other: of another topic.
-        prompt: where the generations begin.
+        asked: an indexed document, in words.
+        prompt: its beginning, which the generations go on from.
     """
 
     index: str
@@ -41,6 +42,7 @@ class Texts:
     development: tuple[Document, ...]
     held_out: tuple[Document, ...]
     other: tuple[Document, ...]
+    asked: str
     prompt: str
 
 
@@ -54,16 +56,27 @@ class Shares:
 
 
 def numpy_texts(tokenizer: Tokenizer, shares: Shares) -> Texts:
-    """numpy's docstrings, against Python's language reference. Raises CorpusError where one is missing."""
-    documents = [Document(found.name, found.text) for found in corpus.numpy_documents()]
+    """numpy's docstrings, against Python's language reference. Raises SourceError where one is missing."""
+    try:
+        documents = [Document(found.name, found.text) for found in corpus.numpy_documents()]
+    except corpus.CorpusError as error:
+        raise SourceError(str(error)) from None
     sides = _sides(documents, lambda name: name.rpartition(".")[2], tokenizer, shares)
-    return Texts("numpy", "numpy's docstrings", *sides, language_reference(), PROMPT)
+    asked = next((document for document in sides[0] if document.name == ASKED), sides[0][0])
+    return Texts(
+        "numpy",
+        "numpy's docstrings",
+        *sides,
+        language_reference(),
+        f"{asked.name}, which the model was not trained on",
+        opening(asked.text),
+    )
 
 
 def folder_texts(folder: Path, tokenizer: Tokenizer, shares: Shares) -> Texts:
     """The .txt, .md, .rst and .py files of a folder, long ones in parts, against Python's language reference.
 
-    Raises SourceError for no folder, or one with too little text; CorpusError.
+    Raises SourceError for no folder, or one with too little text.
     """
     if folder.exists() and not folder.is_dir():
         raise SourceError(f"{folder}: is no folder; name one that holds .txt, .md, .rst or .py files")
@@ -72,17 +85,26 @@ def folder_texts(folder: Path, tokenizer: Tokenizer, shares: Shares) -> Texts:
     if tokens < FEWEST:
         raise SourceError(f"{folder}: holds {tokens} tokens of text, the demo needs {FEWEST}; name one with more text")
     sides = _sides(documents, lambda name: name, tokenizer, shares)
-    opening = max(sides[0][:8], key=lambda document: len(document.text)).text
-    prompt = " ".join(opening[: PROMPT_LENGTH + 20].split()[:-1])[:PROMPT_LENGTH].rpartition(" ")[0]
-    return Texts("folder", f"the texts of {folder.name or folder}", *sides, language_reference(), prompt)
+    asked = max(sides[0][:8], key=lambda document: len(document.text))
+    title = f"the texts of {folder.resolve().name or folder}"
+    return Texts("folder", title, *sides, language_reference(), asked.name, opening(asked.text))
+
+
+def opening(text: str) -> str:
+    """The beginning of a text: up to the list of parameters that a docstring has, else about 240 characters."""
+    underlined = text.find("Parameters\n----------\n")
+    if 0 < underlined < 2 * PROMPT_LENGTH:
+        return text[: underlined + len("Parameters\n----------\n")]
+    size = min(PROMPT_LENGTH, len(text) // 2)
+    return text[: max(text.rfind(" ", 0, size), text.rfind("\n", 0, size)) + 1].rstrip() or text[:size]
 
 
 def language_reference() -> tuple[Document, ...]:
-    """`pydoc`'s topics. Raises CorpusError where this Python lacks them."""
+    """`pydoc`'s topics. Raises SourceError where this Python lacks them."""
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        raise corpus.CorpusError("this Python lacks pydoc_data.topics; use a complete build of CPython") from None
+        raise SourceError("this Python lacks pydoc_data.topics; use a complete build of CPython") from None
     return tuple(Document(f"topics/{name}", text.strip() + "\n") for name, text in sorted(topics.items()))
 
 

@@ -54,7 +54,7 @@ async def watched(test: Coroutine[Any, Any, None]) -> None:
     assert not left, f"tasks left behind: {left}"
     gc.collect()  # a task that failed unseen complains when it is collected
     await asyncio.sleep(0)
-    assert not complaints, complaints
+    assert not complaints, sorted(set(complaints))[:5]
 
 
 def descriptors() -> set[str]:

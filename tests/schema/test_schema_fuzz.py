@@ -264,7 +264,7 @@ def test_claimed_entries_cost_nothing_until_they_are_there(claim: str, size: int
     assert peak < 1_000_000 + 2 * size
 
 
-@pytest.mark.parametrize("claims", [1, 8, 9, 80])
+@pytest.mark.parametrize("claims", [1, 8, 9, 70, 80])
 def test_a_few_claims_cost_little_each(claims: int) -> None:
     peak, accepted = peak_of(b"\xdc\xff\xff" * claims + bytes(70_000))
     assert not accepted

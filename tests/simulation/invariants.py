@@ -98,9 +98,10 @@ def _peer(core: Core, peer: Peer) -> None:
     holds(peer.load <= peer.hello.capacity, "more requests than its capacity", peer)
     for identity, record in peer.serving.items():
         holds(core.requests.open.get(identity) is record and record.worker is peer, "serves a stray", peer)
-    for identity, leg in peer.ending:
-        record = core.requests.open.get(identity)
-        holds(record is None or record.leg > leg, "ends an attempt that is open", peer)
+    for (identity, leg), ended in peer.ending.items():
+        now = core.requests.open.get(identity)
+        holds(now is None or now.leg > leg, "ends an attempt that is open", peer)
+        holds(ended.state is State.ENDED and not ended.frames, "keeps the frames of what has ended", peer)
     for identity, record in peer.asked.items():
         holds(core.requests.open.get(identity) is record and record.asker is peer, "asked a stray", peer)
     offering = [service for service in peer.services if peer in service.workers]
@@ -123,6 +124,8 @@ def _tables(core: Core) -> None:
     holds(sum(len(peer.serving) for peer in peers) == running, "serving and running differ")
     due = sum(bool(record.deadline) for record in requests.open.values())
     holds(sum(map(len, requests._deadlines._buckets.values())) == due, "deadlines and their timers differ")
+    buckets = [*requests._deadlines._buckets.values(), *requests._waits._buckets.values()]
+    holds(all(buckets), "empty timer buckets are kept")
     offers = Counter(service.name for peer in peers for service in peer.services)
     for service in requests.services.values():
         holds(service.offers == offers[service.name], f"{service.name}: {service.offers} offers counted")

@@ -35,9 +35,15 @@ class Cluster:
             self.hosts.append(host)
 
     async def kill(self, worker: Worker) -> None:
-        """As a process that is gone: its connection ends, without a word."""
+        """As a process that is gone: its connection ends, without a word. Returns once the broker has noticed."""
+        name = worker.host.link.hello.name
         await worker.host.close()
         self.hosts.remove(worker.host)
+
+        async def noticed() -> bool:
+            return name not in [gauges["name"] for gauges in await self.gauges()]
+
+        await until(noticed, f"the end of {name}")
 
     async def gauges(self) -> list[dict[str, Any]]:
         """Of each worker: name, in_flight, and its own gauges, as of its last BEAT."""

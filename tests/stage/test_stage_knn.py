@@ -3,7 +3,6 @@
 import asyncio
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from ralmq.client.client import Client
+from ralmq.errors import NoService, RalmqError, Refused
 from ralmq.workers.index.datastore import build_datastore
 from ralmq.workers.index.sources import Document
 from ralmq.workers.index.store import OpenIndex, open_index
+from ralmq.workers.index.writer import write_index
 from serving import until
 from stage.pipelines import Answered, Cluster, Watched, cluster, generated, lm, prompts, scored, stages
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -252,20 +253,16 @@ def test_a_foreign_index_is_refused_before_any_computation(
     checkpoint: Callable[[str], Path], docs: Path, tmp_path: Path
 ) -> None:
     """Another model's index of the same width, an index of another width, and a name that nobody serves."""
-    from ralmq.errors import NoService, RalmqError, Refused
-    from ralmq.workers.index.writer import write_index
-
     opened = open_index(docs)
     stream, entries = opened._stream, opened._stream.entries()
     same = opened.manifest.fingerprint
     for name, width, fingerprint in (("alien", D, "f" * 16), ("wide", D + 1, same)):
         vectors = np.zeros((len(entries), width), np.float32)
-        given = replace(stream)
         write_index(
             tmp_path / name,
             name=name,
             vectors=vectors,
-            stream=given,
+            stream=stream,
             entries=entries,
             model="other",
             fingerprint=fingerprint,

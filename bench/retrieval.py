@@ -1,0 +1,129 @@
+"""What retrieval in the loop costs a generation, by interval and staleness. Knows the client's API.
+
+The index answers from random unit vectors: how fast it answers is measured here, not what it is good for.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ..client.client import Client, connect
+from ..cluster.local import local_cluster
+from ..schema.errors import RalmqError
+from ..workers.index.score import describe
+from ..workers.index.stream import TokenStream
+from ..workers.index.writer import write_index
+from .pipeline import generated
+
+ENTRIES = 50_000
+SEQUENCES = 4
+CASES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("none", {}),
+    ("each token", {"retrieve": "bench", "interval": 1}),
+    ("each token, staleness 1", {"retrieve": "bench", "interval": 1, "staleness": 1}),
+    ("each 4 tokens", {"retrieve": "bench", "interval": 4}),
+    ("each 8 tokens", {"retrieve": "bench", "interval": 8}),
+)
+
+
+@dataclass
+class Row:
+    """Medians of one way to retrieve; `ratio` is to no retrieval within the same round."""
+
+    retrieval: str
+    tokens_per_s: float
+    ratio: float
+
+
+async def build(client: Client, model: str, path: Path) -> None:
+    """An index of random vectors that claims this model."""
+    info = await describe(client, model)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, info.vocab, ENTRIES + 1).astype(np.int32)
+    vectors = rng.standard_normal((ENTRIES, info.d), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    stream = TokenStream(tokens, ("random",), np.zeros(1, np.int64))
+    await asyncio.to_thread(
+        write_index,
+        path,
+        name="bench",
+        vectors=vectors,
+        stream=stream,
+        entries=stream.entries(),
+        model=model,
+        fingerprint=info.fingerprint,
+    )
+
+
+async def bench(model: str = "demo", *, quick: bool = False) -> list[Row]:
+    """Measures; about half a minute.
+
+    Raises:
+        RalmqError: the cluster did not come up, or a generation failed.
+    """
+    rounds, tokens = (3, 32) if quick else (7, 64)
+    rates: dict[str, list[float]] = {name: [] for name, _ in CASES}
+    async with AsyncExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ralmq-bench-")))
+        cluster = await stack.enter_async_context(local_cluster(model=model))
+        client = await stack.enter_async_context(connect(cluster.url))
+        await build(client, model, directory / "bench")
+        await cluster.spawn("index", "-o", f"index={directory / 'bench'}")
+        await cluster.ready()
+        for _, options in CASES:
+            await generated(client, model, SEQUENCES, 8, **options)
+        for _ in range(rounds):
+            for name, options in CASES:
+                rates[name].append(await generated(client, model, SEQUENCES, tokens, **options))
+    plain = rates[CASES[0][0]]
+    return [
+        Row(name, statistics.median(taken), statistics.median([a / b for a, b in zip(taken, plain, strict=True)]))
+        for name, taken in rates.items()
+    ]
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Prints the table."""
+    title = f"generation with kNN retrieval: 2 stages, {SEQUENCES} sequences, {ENTRIES:,} entries, k = 8"
+    table = Table(title=title, title_justify="left")
+    table.add_column("retrieval")
+    for heading in ("tokens/s", "of none's"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(row.retrieval, f"{row.tokens_per_s:,.0f}", f"{row.ratio:.2f}")
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`ralmq bench retrieval [--quick] [--json]`: exit code 0, or 1 where it failed."""
+    parser = argparse.ArgumentParser(prog="ralmq bench retrieval")
+    parser.add_argument("--quick", action="store_true", help="shorter, rougher")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    options = parser.parse_args(arguments)
+    try:
+        rows = asyncio.run(bench(quick=options.quick))
+    except RalmqError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps({"bench": "retrieval", "cores": os.cpu_count(), "rows": [asdict(row) for row in rows]}))
+    else:
+        show(rows, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
