@@ -72,6 +72,7 @@ def generate(
     retrieve: Annotated[str | None, typer.Option("--retrieve", metavar="INDEX", help="Retrieve from an index.")] = None,
     policy: Annotated[Policy | None, typer.Option("--policy", help="How what is retrieved is used.")] = None,
     interval: Annotated[int | None, typer.Option("--interval", help="Retrieve each so many tokens.")] = None,
+    staleness: Annotated[int | None, typer.Option("--staleness", help="Use the answer of so many tokens ago.")] = None,
     k: Annotated[int | None, typer.Option("--k", help="Neighbours of each retrieval.")] = None,
     nprobe: Annotated[int | None, typer.Option("--nprobe", help="Lists of the index to look at.")] = None,
     knn_lambda: Annotated[float | None, typer.Option("--knn-lambda", help="Share of the neighbours, 0 to 1.")] = None,
@@ -84,6 +85,7 @@ def generate(
     retrieval = {
         "policy": policy.value if policy is not None else None,
         "interval": interval,
+        "staleness": staleness,
         "k": k,
         "nprobe": nprobe,
         "knn_lambda": knn_lambda,

@@ -42,32 +42,32 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
-    """The scored texts: lambda and temperature are chosen on one, the numbers are the other's."""
+class Slices:
+    """Two scored texts: lambda and temperature are chosen on one, the numbers are the other's."""
 
     development: HeldOut
     held_out: HeldOut
 
 
-def alone(texts: Texts) -> Row:
-    return Row("model alone", model_bits(texts.held_out))
+def alone(slices: Slices) -> Row:
+    return Row("model alone", model_bits(slices.held_out))
 
 
-def knn(name: str, texts: Texts, pair: Pair, tokens: int) -> Row:
+def knn(name: str, slices: Slices, pair: Pair, tokens: int) -> Row:
     """kNN-LM with the best lambda and temperature of the grid; lambda 0 is the model alone."""
 
     def on_development(choice: tuple[float, float]) -> float:
-        return knn_bits(texts.development, pair.development, lam=choice[0], temperature=choice[1])
+        return knn_bits(slices.development, pair.development, lam=choice[0], temperature=choice[1])
 
     lam, temperature = min(((a, b) for a in LAMBDAS for b in TEMPERATURES), key=on_development)
-    bits = knn_bits(texts.held_out, pair.held_out, lam=lam, temperature=temperature)
+    bits = knn_bits(slices.held_out, pair.held_out, lam=lam, temperature=temperature)
     return Row(name, bits, tokens, lam, temperature if lam else None)
 
 
-def trigram(name: str, texts: Texts, table: Trigram, tokens: int) -> Row:
+def trigram(name: str, slices: Slices, table: Trigram, tokens: int) -> Row:
     """The model mixed with a trigram table, with the best lambda of the grid."""
-    lam = min((*LAMBDAS, 1.0), key=lambda lam: trigram_bits(texts.development, table, lam=lam))
-    return Row(name, trigram_bits(texts.held_out, table, lam=lam), tokens, lam)
+    lam = min((*LAMBDAS, 1.0), key=lambda lam: trigram_bits(slices.development, table, lam=lam))
+    return Row(name, trigram_bits(slices.held_out, table, lam=lam), tokens, lam)
 
 
 def meaning(rows: Sequence[Row]) -> str:

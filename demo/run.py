@@ -215,7 +215,7 @@ def _processes(demo: Demo, status: dict[str, Any]) -> Any:
 # -- 2. the datastore
 
 
-async def _datastore(demo: Demo) -> tuple[measure.Texts, int]:
+async def _datastore(demo: Demo) -> tuple[measure.Slices, int]:
     """Scores what is held out, then indexes the documents, as many as there is time for, and serves them."""
     texts, plan = demo.texts, demo.plan
     show.heading(demo.console, f"2. A datastore of {texts.title}, made by the cluster")
@@ -231,7 +231,7 @@ async def _datastore(demo: Demo) -> tuple[measure.Texts, int]:
         f"{stored:,} tokens indexed, {speed.rate:,.0f} a second; the key of each is the hidden state in front of it. "
         f"Served as search:{texts.index} by process {demo.cluster.children[texts.index].pid}."
     )
-    return measure.Texts(development, held_out), stored
+    return measure.Slices(development, held_out), stored
 
 
 async def _held_out(demo: Demo, documents: Many, most: int, report: Report) -> HeldOut:
@@ -309,7 +309,7 @@ async def _generate(demo: Demo, options: dict[str, Any]) -> tuple[list[Token], f
 # -- 4. the numbers
 
 
-async def _numbers(demo: Demo, scored: measure.Texts, stored: int) -> Sequence[measure.Row]:
+async def _numbers(demo: Demo, scored: measure.Slices, stored: int) -> Sequence[measure.Row]:
     """Held-out bits per byte with and without retrieval, and of the controls."""
     texts, console, plan = demo.texts, demo.console, demo.plan
     show.heading(console, "4. What retrieval is worth, on text that is held out")
@@ -331,7 +331,7 @@ async def _numbers(demo: Demo, scored: measure.Texts, stored: int) -> Sequence[m
 
 
 def _rows(
-    scored: measure.Texts, near: measure.Pair, far: measure.Pair, stream: Any, stored: int, control: int
+    scored: measure.Slices, near: measure.Pair, far: measure.Pair, stream: Any, stored: int, control: int
 ) -> list[measure.Row]:
     table = Trigram.fit(stream.tokens, scored.held_out.scored.info.vocab, stream.starts)
     return [
@@ -343,7 +343,7 @@ def _rows(
     ]
 
 
-async def _neighbours(demo: Demo, index: str, scored: measure.Texts, report: Report) -> measure.Pair:
+async def _neighbours(demo: Demo, index: str, scored: measure.Slices, report: Report) -> measure.Pair:
     found = [
         await retrieve(demo.client, index, held, k=demo.plan.k, nprobe=demo.plan.nprobe, progress=report)
         for held in (scored.development, scored.held_out)

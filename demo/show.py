@@ -16,12 +16,12 @@ from rich.text import Text
 from .measure import Row, Used
 
 WIDTH = 100
-LINE = 46  # characters of a passage
+LINE = 43  # characters of a passage
 
 
 def screen() -> Console:
     """stdout; a pipe gets the full width, no control character and no progress but the last."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal or console.width > WIDTH:
         console.width = WIDTH
     return console
@@ -86,8 +86,8 @@ class Bars:
 
 def generation(title: str, prompt: str, text: str) -> Panel:
     """The prompt, and the text that goes on from it."""
-    body = Text(prompt, "dim")
-    body.append(text, "bold")
+    body = Text(_printable(prompt), "dim")
+    body.append(_printable(text), "bold")
     return Panel(body, title=Text(title), title_align="left", box=box.ROUNDED)
 
 
@@ -130,4 +130,9 @@ def _table(*columns: str) -> Table:
 
 
 def _flat(text: str) -> str:
-    return " ".join(text.split())
+    return _printable(" ".join(text.split()))
+
+
+def _printable(text: str) -> str:
+    """A user's file may hold escape sequences; they are not for the terminal."""
+    return "".join(one if one.isprintable() or one == "\n" else " " for one in text)

@@ -64,7 +64,9 @@ class Process:
             )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.send(signal.SIGKILL)
         assert self.process is not None
         self.process.wait()

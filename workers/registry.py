@@ -24,23 +24,24 @@ def find(name: str) -> type[Worker]:
     Raises:
         Refused: no such worker, no such module or class, or a class that is no Worker.
     """
-    target = BUILT_IN.get(name)
-    if target is None and ":" in name:
-        target = name
-    if target is None:
-        found = {entry.name: entry.value for entry in entry_points(group=GROUP)}
-        if name not in found:
-            known = ", ".join([*BUILT_IN, *found])
-            raise Refused(f"no worker is called {name}: there are {known}; or give module:Class")
-        target = found[name]
-    return _imported(target)
+    if name in BUILT_IN:
+        return _imported(BUILT_IN[name])
+    if ":" in name:
+        here = str(Path.cwd())
+        if here not in sys.path:  # a module in the current folder is found, as with `python -m`
+            sys.path.insert(0, here)
+        return _imported(name)
+    found = {entry.name: entry.value for entry in entry_points(group=GROUP)}
+    if name not in found:
+        known = ", ".join([*BUILT_IN, *found])
+        raise Refused(f"no worker is called {name}: there are {known}; or give module:Class")
+    return _imported(found[name])
 
 
 def _imported(target: str) -> type[Worker]:
     module_name, _, class_name = target.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:  # a module in the current folder is found, as with `python -m`
-        sys.path.insert(0, here)
+    if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
+        raise Refused(f"{target} names no class: give module:Class")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

@@ -1,52 +1,20 @@
 """Many requests at once: each answer reaches the one who asked, once."""
 
 import asyncio
-import random
 from collections import Counter
 
 import pytest
-import ralmq
+from bursts import Burst
 from inprocess import cluster
 from ralmq.client.client import Client
-from ralmq.workers.base import Answer, Request
 
 CLIENTS = 8
 EACH = 1250
 
 
-class Burst(ralmq.Worker):
-    """Holds its answers back until many have gathered, then gives them in another order."""
-
-    service = "burst"
-    capacity = 100
-
-    def __init__(self, seed: int) -> None:
-        self.served = 0
-        self._random = random.Random(seed)
-        self._held: list[asyncio.Future[None]] = []
-
-    async def handle(self, request: Request) -> Answer:
-        self.served += 1
-        gate = asyncio.get_running_loop().create_future()
-        self._held.append(gate)
-        if len(self._held) >= self._random.randint(20, 80):
-            self._release()
-        else:
-            asyncio.get_running_loop().call_later(0.02, self._release)
-        await gate
-        return {"who": request.body["who"], "number": request.body["number"]}
-
-    def _release(self) -> None:
-        held, self._held = self._held, []
-        self._random.shuffle(held)
-        for gate in held:
-            if not gate.done():
-                gate.set_result(None)
-
-
 @pytest.mark.parametrize("inproc", [False, True])
 async def test_two_answers_never_cross(inproc: bool) -> None:
-    workers = [Burst(seed) for seed in range(3)]
+    workers = [Burst(seed=seed) for seed in range(3)]
     got: Counter[tuple[int, int]] = Counter()
 
     async def ask(client: Client, who: int, number: int, slots: asyncio.Semaphore) -> None:

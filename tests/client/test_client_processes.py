@@ -85,7 +85,7 @@ async def test_a_broker_that_is_killed_and_started_again(folder: Path) -> None:
             async with ralmq.connect(url, wait=30) as client:
                 await present(client, 2)
                 tasks = [
-                    asyncio.create_task(client.request(name, {"n": n, "seconds": 0.5}, deadline=60))
+                    asyncio.create_task(client.request(name, {"n": n, "seconds": 2}, deadline=60))
                     for n, name in enumerate(["recorder", "once"])
                 ]
                 await until(lambda: record(folder)["begin 0"] == 1 and record(folder)["begin 1"] == 1)
@@ -160,17 +160,18 @@ async def test_requests_of_a_killed_worker_are_answered_once_by_another(folder: 
         client = await connected(url)
         doomed = stack.enter_context(worker(folder, url, "recorder:Recorder"))
         await present(client, 1)
-        asked = [client.request("recorder", {"n": n, "seconds": 0.3}, deadline=60) for n in range(40)]
+        asked = [client.request("recorder", {"n": n, "seconds": 0.5}, deadline=60) for n in range(40)]
         tasks = [asyncio.create_task(one) for one in asked]
-        await until(lambda: sum(count for event, count in record(folder).items() if "begin" in event) == 16)
+        await until(lambda: sum(count for event, count in record(folder).items() if "begin" in event) >= 16)
         other = stack.enter_context(worker(folder, url, "recorder:Recorder"))
         doomed.send(signal.SIGKILL)
         replies = [await task for task in tasks]
         assert [reply.body["n"] for reply in replies] == list(range(40))
         ends = record(folder)
         from_other = [reply.body["n"] for reply in replies if reply.body["pid"] == other.pid]
-        assert len(from_other) >= 24 and all(ends[f"end {n}"] >= 1 for n in range(40))
-        assert (await client.status())["broker"]["counts"].get("fenced", 0) == 0
+        assert from_other and all(ends[f"end {n}"] >= 1 for n in range(40))
+        counts = (await client.status())["broker"]["counts"]
+        assert counts["requeued"] >= 1 and counts["lost_peers"] == 1 and "fenced" not in counts
         await unused(client)
         await client.__aexit__(None, None, None)
 
@@ -183,9 +184,7 @@ async def test_a_killed_worker_whose_requests_must_not_be_repeated(folder: Path)
         doomed = stack.enter_context(worker(folder, url, "recorder:Once", name="once", capacity=2))
         stack.enter_context(worker(folder, url, name="spare"))
         await present(client, 2)
-        tasks = [
-            asyncio.create_task(client.request("once", {"n": n, "seconds": 3600}, deadline=60)) for n in range(2)
-        ]
+        tasks = [asyncio.create_task(client.request("once", {"n": n, "seconds": 3600}, deadline=60)) for n in range(2)]
         await until(lambda: record(folder)["begin 0"] == 1 and record(folder)["begin 1"] == 1)
         waiting = asyncio.create_task(client.request("once", {"n": 2, "seconds": 0}, deadline=60))
         await asyncio.sleep(0.2)
@@ -207,7 +206,7 @@ async def test_sigterm_drains(folder: Path) -> None:
         client = await connected(url)
         leaving = stack.enter_context(worker(folder, url, "recorder:Once", name="once", capacity=8))
         await present(client, 1)
-        asked = [client.request("once", {"n": n, "seconds": 1}, deadline=60) for n in range(12)]
+        asked = [client.request("once", {"n": n, "seconds": 2}, deadline=60) for n in range(12)]
         tasks = [asyncio.create_task(one) for one in asked]
         await until(lambda: sum(record(folder).values()) == 8)
         leaving.send(signal.SIGTERM)
@@ -232,7 +231,7 @@ async def test_a_stopped_worker_is_fenced_and_comes_back(folder: Path) -> None:
         client = await connected(url)
         stopped = stack.enter_context(worker(folder, url, "recorder:Recorder", capacity=4))
         await present(client, 1)
-        asked = [client.request("recorder", {"n": n, "seconds": 0.2}, deadline=60) for n in range(4)]
+        asked = [client.request("recorder", {"n": n, "seconds": 1.5}, deadline=60) for n in range(4)]
         tasks = [asyncio.create_task(one) for one in asked]
         await until(lambda: sum(record(folder).values()) == 4)
         stopped.send(signal.SIGSTOP)

@@ -87,7 +87,9 @@ def see_texts(home: Path, url: dict[str, str]) -> None:
     assert len(plain["tokens"]) == plain["usage"]["completion_tokens"] <= 6
     shown = ralmq(*prompt, home=home, environment=url)
     assert shown.returncode == 0 and shown.stdout == plain["text"] + "\n"
-    knn = document(home, *prompt, "--retrieve", "notes", "--interval", "2", "--k", "4", environment=url)
+    knn = document(
+        home, *prompt, "--retrieve", "notes", "--interval", "2", "--staleness", "1", "--k", "4", environment=url
+    )
     assert knn["passages"] and len(knn["passages"][0]["passages"]) == 4
     without = document(home, *prompt, "--retrieve", "notes", "--knn-lambda", "0", environment=url)
     assert without["tokens"] == plain["tokens"]

@@ -13,9 +13,10 @@ from ralmq.client.client import Client
 from ralmq.errors import NoService, RalmqError, Refused
 from ralmq.workers.index.datastore import build_datastore
 from ralmq.workers.index.sources import Document
-from ralmq.workers.index.store import OpenIndex, open_index
+from ralmq.workers.index.store import open_index
 from ralmq.workers.index.writer import write_index
 from serving import until
+from stage.offline import Offline
 from stage.pipelines import Answered, Cluster, Watched, cluster, generated, lm, prompts, scored, stages
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel
@@ -107,25 +108,6 @@ def test_lambda_0_equals_plain_generation(checkpoint: Callable[[str], Path], doc
     with_index(checkpoint(FAMILY), docs, body)
 
 
-class Offline:
-    """kNN-LM by its definition, in float64 numpy: all distances, no index, no pipeline."""
-
-    def __init__(self, path: Path, keys: np.ndarray) -> None:
-        opened: OpenIndex = open_index(path)
-        self.keys = keys.astype(np.float64)
-        self.following = opened.following(np.arange(len(keys)))
-
-    def p(self, query: np.ndarray, k: int, which: int) -> np.ndarray:
-        """Of every token, from the k entries nearest to a query."""
-        distances = ((self.keys - query) ** 2).sum(1)
-        nearest = np.argsort(distances)[:k]
-        weights = np.exp(-distances[nearest] / TEMPERATURE)
-        tokens = self.following[nearest, which]
-        p = np.zeros(VOCAB)
-        np.add.at(p, tokens[tokens >= 0], weights[tokens >= 0])
-        return p / p.sum()
-
-
 async def keys_of(client: Client, docs: Path) -> np.ndarray:
     """The states that the index must hold, from mode score over its own documents."""
     stream = open_index(docs)._stream
@@ -154,27 +136,23 @@ def test_mixing_equals_a_reference_in_numpy(
 
     with_index(checkpoint(FAMILY), docs, body, count=3)
     ((answer, hidden, log_p, asked, keys),) = results
-    stored = open_index(docs)._index.reconstruct_n(0, 4 * 299).reshape(4, 299, D)
-    assert np.allclose(stored[:, :249].reshape(-1, D), keys, atol=1e-4), "the index holds states of mode score"
-    offline = Offline(docs, stored.reshape(-1, D))
+    offline = Offline(docs, VOCAB, TEMPERATURE)
+    stored = offline.keys.reshape(4, 299, D)[:, :249].reshape(-1, D)
+    assert np.allclose(stored, keys, atol=1e-4), "the index holds states of mode score"
+    begin, vectors = len(PROMPT) - 1, np.concatenate(asked)
+    assert len(vectors) == math.ceil((tokens - staleness) / interval)
+    sent = hidden[begin : begin + tokens - staleness : interval]
+    assert np.allclose(vectors, sent, atol=1e-4), "a query is the state that mode score gives"
+    settings = {"k": k, "interval": interval, "staleness": staleness, "knn_lambda": weight}
+    assert max(offline.errors(answer.tokens, answer.logprobs, log_p[begin:], vectors, settings)) < 1e-6
     with torch.inference_mode():
-        logits = oracle(FAMILY)(torch.tensor([PROMPT + answer.tokens])).logits[0].double()
-    begin, vectors, mixed = len(PROMPT) - 1, np.concatenate(asked), 0
-    for place, token in enumerate(answer.tokens):
-        whole = logits[begin + place].softmax(-1).numpy()
-        p = math.exp(log_p[begin + place])
-        if place >= staleness and (place - staleness) % interval == 0:
-            query = hidden[begin + place - staleness]
-            assert np.allclose(query, vectors[mixed], atol=1e-4), "the query is the state that mode score gives"
-            neighbours = offline.p(vectors[mixed], k, staleness)
-            p = weight * neighbours[token] + (1 - weight) * p
-            whole = weight * neighbours + (1 - weight) * whole
-            mixed += 1
-        logprob = answer.logprobs[place]
-        assert logprob is not None and abs(math.exp(logprob) - p) < 1e-6
-        first, second = np.sort(whole)[:-3:-1]
-        assert first - second < MARGIN or int(whole.argmax()) == token
-    assert mixed == math.ceil((tokens - staleness) / interval) == len(vectors)
+        logits = oracle(FAMILY)(torch.tensor([PROMPT + answer.tokens])).logits[0, begin:-1].double()
+    for place, (token, p) in enumerate(zip(answer.tokens, logits.softmax(-1).numpy(), strict=True)):
+        if place >= staleness and not (place - staleness) % interval:
+            query = vectors[(place - staleness) // interval]
+            p = weight * offline.p(query, k, staleness) + (1 - weight) * p
+        second, first = np.sort(p)[-2:]
+        assert first - second < MARGIN or int(p.argmax()) == token
 
 
 def test_rows_that_wait_for_neighbours_do_not_stop_the_others(checkpoint: Callable[[str], Path], docs: Path) -> None:

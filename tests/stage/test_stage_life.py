@@ -243,14 +243,16 @@ def test_a_spare_takes_the_place_of_a_lost_stage(place: int, checkpoint: Callabl
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_stage_that_returns_completes_the_pipeline_again(place: int, checkpoint: Callable[[str], Path]) -> None:
-    """Twice; in between requests wait, or fail at their deadline with the layers that are missing."""
+    """Twice; in between requests wait, or fail at their deadline, and the status names the layers that are missing."""
 
     async def body(running: Cluster, members: list[Stage]) -> None:
         path, victim = checkpoint(FAMILY), members[place]
         before = await generated(running.client, PROMPT, max_tokens=30)
         for _ in range(2):
             await lost_once(running, victim)
-            with pytest.raises(DeadlineExceeded, match="missing layers: " + ("0-1 of 4", "2-3 of 4")[place]):
+            (pipeline,) = (await running.client.status())["pipelines"]
+            assert not pipeline["formed"] and pipeline["missing"] == ("0-1 of 4", "2-3 of 4")[place]
+            with pytest.raises(DeadlineExceeded):
                 await generated(running.client, PROMPT, max_tokens=30, deadline=0.2)
             waiting = asyncio.create_task(generated(running.client, PROMPT, max_tokens=30))
             victim = Stage(model=str(path), stage=f"{place}/2", name=MODEL)
