@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import errors as errors
     from .client.client import Client as Client
     from .client.client import Stream as Stream
     from .client.client import connect as connect
@@ -30,6 +31,8 @@ _FACE = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("ralmq.errors")
     if name not in _FACE:
         raise AttributeError(f"module 'ralmq' has no attribute {name!r}")
     return getattr(import_module(f"ralmq.{_FACE[name]}"), name)

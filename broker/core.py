@@ -33,6 +33,7 @@ class Core:
         self.requests = Requests(self._out, self.pipelines, epoch, self.limits, now)
         self.roster = Roster(self._out, self.requests, self.pipelines, epoch, self.limits)
         self.requests.builtins[STATUS] = self.status
+        self._peers = self.roster.peers
         self.started = now
         self._beat_at = now
         self._handlers = {
@@ -54,16 +55,16 @@ class Core:
             prefix = read_prefix(frames[0])
             if len(frames) > MAX_FRAMES:
                 raise Malformed(f"more than {MAX_FRAMES} frames: join tensors or send fewer")
-            peer = self.roster.peers.get(key)
-            if prefix.kind == Kind.HELLO:
+            peer = self._peers.get(key)
+            handler = self._handlers.get(prefix.kind)
+            if peer is not None and handler is not None and prefix.epoch == self.epoch:
+                handler(now, peer, prefix, frames)
+            elif prefix.kind == Kind.HELLO:
                 self.roster.hello(now, key, decode(frames)[1])
             elif peer is None or prefix.epoch != self.epoch:
                 self._tell(key, Gone("say HELLO first"), NO_ID, 0)
             else:
-                handler = self._handlers.get(prefix.kind)
-                if handler is None:
-                    raise Malformed(f"a broker takes no message of kind {prefix.kind}: the other side may be newer")
-                handler(now, peer, prefix, frames)
+                raise Malformed(f"a broker takes no message of kind {prefix.kind}: the other side may be newer")
         except Malformed as error:
             self.requests.counts["malformed"] += 1
             identity, attempt = (prefix.id, prefix.attempt) if prefix is not None else (NO_ID, 0)
@@ -75,6 +76,7 @@ class Core:
         peer = self.roster.peers.get(key)
         if peer is not None:
             self.requests.counts["lost_peers"] += 1
+            self._tell(key, Gone(reason), NO_ID, 0)  # it may live, and a HELLO of its own may be under way already
             self.roster.lose(now, peer, reason)
         return self._flush(now)
 

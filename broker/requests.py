@@ -19,7 +19,10 @@ from .pipelines import Pipelines
 from .records import Frames, Peer, Record, Sent, State
 from .routes import Routes
 from .services import Service
-from .timers import Timers
+
+QUEUED, RUNNING, ENDED = State  # by name: looking a member up in its class costs more than the comparison
+NEVER = float("inf")
+REMEMBERED = 16_384  # ended requests, twice: a duplicate that comes later than that is served again
 
 
 class Requests:
@@ -37,8 +40,7 @@ class Requests:
         self._epoch = epoch
         self._limits = limits
         self._started = now
-        self._deadlines = Timers(now)
-        self._waits = Timers(now)
+        self._due = NEVER  # no deadline and no wait ends before
         self._ended: tuple[dict[bytes, int], dict[bytes, int]] = ({}, {})
         self._routes = Routes()
 
@@ -54,8 +56,10 @@ class Requests:
                 self.counts["duplicates"] += 1
                 return None
             self._abandon(now, known)
-        ended = max(self._ended[0].get(prefix.id, -1), self._ended[1].get(prefix.id, -1))
         leg = prefix.attempt
+        ended = self._ended[0].get(prefix.id, -1)
+        if ended < 0:
+            ended = self._ended[1].get(prefix.id, -1)
         if ended >= 0:
             if leg <= ended >> 16:
                 self.counts["duplicates"] += 1
@@ -89,8 +93,8 @@ class Requests:
         self.counts["accepted"] += 1
         self.open[record.id] = record
         asker.asked[record.id] = record
-        if deadline:
-            self._deadlines.add(record, deadline)
+        if deadline and deadline < self._due:
+            self._due = deadline
         if parent is not None:
             record.parent = parent
             parent.children = parent.children or {}
@@ -165,8 +169,9 @@ class Requests:
         """The last offer of a service is gone: those who wait get the grace in which it may come back."""
         service.gone_at = now
         for record in service.queue.records():
-            if not record.attempt:
-                self._wait(record, max(record.wait, now + self._limits.grace))
+            until = (record.deadline or NEVER) if record.attempt else now + self._limits.grace
+            record.wait = max(record.wait, until)
+            self._remind(record)
 
     def lose_worker(self, now: float, worker: Peer, reason: str) -> None:
         """Requests of a lost worker go to another where that is harmless, and fail otherwise; nothing is sent to it."""
@@ -196,13 +201,23 @@ class Requests:
         self._end(now, record)
 
     def tick(self, now: float) -> None:
-        """What time demands: deadlines, and the end of waiting for a service that did not come."""
-        for record in self._deadlines.due(now):
-            if record.state is not State.ENDED:
+        """What time demands: deadlines, and the end of waiting for a service that did not come.
+
+        All open requests are looked at, but only when the earliest time that was named has passed: with deadlines of
+        about the same length that is once in such a length, and a request that ends in time costs nothing here.
+        """
+        if now < self._due:
+            return
+        self._due = NEVER
+        for record in list(self.open.values()):
+            if record.state is ENDED:  # with one before it
+                continue
+            if record.deadline and record.deadline <= now:
                 self.fail(now, record, self._too_late(record))
-        for record in self._waits.due(now):
-            if not record.service.offers:  # else it waits for a worker that is there
+            elif record.state is QUEUED and not record.service.offers and record.wait <= now:
                 self.fail(now, record, self._nobody(record.service))
+            else:
+                self._remind(record)
 
     def measure(self, now: float, seconds: float) -> None:
         """Rates of the services, once an interval; names that nobody offers or waits for are forgotten."""
@@ -223,7 +238,7 @@ class Requests:
         if not service.offers:
             until = max(self._started + limits.grace, service.gone_at + limits.grace, now + wait_ms / 1000)
             if record.attempt:
-                until = float("inf") if not record.deadline else record.deadline
+                until = record.deadline or NEVER
             if until <= now:
                 return self._nobody(service)
         record.size = sum(map(len, record.frames))
@@ -232,27 +247,27 @@ class Requests:
             after = service.retry_after(now)
             waiting = f"{service.queue.count} requests wait for {service.name}"
             return Busy(f"{waiting}: ask again in {after:.2f} s, or start another worker", retry_after=after)
-        if 0.0 < until < float("inf"):
-            self._wait(record, until)
+        record.wait = until
         self._enqueue(now, record)
+        self._remind(record)
         return None
 
-    def _wait(self, record: Record, until: float) -> None:
-        """Until when a queued request may wait while nobody offers its service."""
-        self._waits.remove(record, record.wait)
-        self._waits.add(record, until)
-        record.wait = until
+    def _remind(self, record: Record) -> None:
+        """Looks at the requests again when something becomes due for this one."""
+        if record.deadline:
+            self._due = min(self._due, record.deadline)
+        if record.state is QUEUED and not record.service.offers:
+            self._due = min(self._due, record.wait)
 
     def _enqueue(self, now: float, record: Record, *, first: bool = False) -> None:
         if not record.service.queue.count:
             record.service.loaded(now)
-        record.state = State.QUEUED
+        record.state = QUEUED
         record.service.queue.push(record, first=first)
         record.asker.queued_bytes += record.size
         self.queued_bytes += record.size
 
     def _unqueued(self, record: Record) -> None:
-        self._waits.remove(record, record.wait)
         record.asker.queued_bytes -= record.size
         self.queued_bytes -= record.size
 
@@ -273,10 +288,10 @@ class Requests:
     def _dispatch(self, now: float, record: Record, worker: Peer) -> None:
         if record.attempt and not worker.hello.idempotent:
             lost = f"{record.service.name} may have served this request before its connection was cut, and is not "
-            record.state = State.RUNNING  # it has left the queue
+            record.state = RUNNING  # it has left the queue
             self.fail(now, record, WorkerLost(lost + "safe to repeat: ask anew if you want it done again"))
             return
-        record.state = State.RUNNING
+        record.state = RUNNING
         record.worker = worker
         record.tries += 1
         worker.serving[record.id] = record
@@ -298,19 +313,17 @@ class Requests:
 
     def _end(self, now: float, record: Record) -> None:
         """The one place where a request leaves the table."""
-        if record.state is State.QUEUED:
+        if record.state is QUEUED:
             record.service.queue.remove(record)
             self._unqueued(record)
-        record.state = State.ENDED
+        record.state = ENDED
         record.frames = []
         del self.open[record.id]
         del record.asker.asked[record.id]
         if record.worker is not None:
             record.worker.serving.pop(record.id, None)
-        if record.deadline:
-            self._deadlines.remove(record, record.deadline)
         self._ended[0][record.id] = record.attempt << 16 | record.leg
-        if len(self._ended[0]) >= 65_536:
+        if len(self._ended[0]) >= REMEMBERED:
             self._ended = ({}, self._ended[0])
         if record.parent is not None and record.parent.children is not None:
             record.parent.children.pop(record.id, None)
@@ -356,7 +369,7 @@ class Requests:
 
     def _too_late(self, record: Record) -> DeadlineExceeded:
         name = record.service.name
-        if record.state is State.RUNNING:
+        if record.state is RUNNING:
             where = f"worker {record.worker.name if record.worker else '?'} of {name} did not end in time"
         elif record.service.workers or not name.startswith("lm:"):
             where = f"no worker of {name} was free in time"

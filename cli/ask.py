@@ -2,7 +2,6 @@
 
 import enum
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -174,28 +173,7 @@ async def _search(url: str, index: str, query: Any, k: int, nprobe: int | None) 
     from ..client.client import connect
 
     async with connect(url) as client:
-        hits = await client.search(index, query, k=k, nprobe=nprobe)
-        info = (await client.request(f"search:{index}", {"info": True})).body
-    if (decode := _decoder(str(info.get("model", "")))) is not None:
-        for payload in (payload for row in hits.payloads for payload in row if "tokens" in payload):
-            payload["text"] = decode(payload["tokens"])
-    return hits
-
-
-def _decoder(model: str) -> Callable[[list[int]], str] | None:
-    """Token ids to text, where the model of that name is on this machine; an index knows tokens alone."""
-    from ..workers.models import resolve
-
-    try:
-        vocabulary = resolve(model)[1] / "tokenizer.json"
-    except Refused:
-        return None
-    if not vocabulary.is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(vocabulary))
-    return lambda ids: str(tokenizer.decode(ids))
+        return await client.search(index, query, k=k, nprobe=nprobe)
 
 
 def _vectors(path: Path) -> Any:

@@ -34,14 +34,15 @@ def status_tables(status: Mapping[str, Any]) -> list[Table]:
     return [table for table in (workers, services, pipelines) if table.row_count or table is workers]
 
 
-def hits_table(texts: Sequence[Sequence[Mapping[str, Any]]], ids: Any, distances: Any) -> Table:
+def hits_table(found: Sequence[Sequence[Mapping[str, Any]]], ids: Any, distances: Any) -> Table:
     """A row for each neighbour; the query's number where there are several."""
     table = _table("neighbours", "query", "id", "distance", "document", "text")
-    for query, payloads in enumerate(texts):
+    for query, payloads in enumerate(found):
         for payload, identity, distance in zip(payloads, ids[query], distances[query], strict=False):
             if identity < 0:
                 continue
-            text = " ".join(str(payload.get("text", payload.get("tokens", ""))).split())
+            text = "".join(str(payload.get(name, "")) for name in ("context", "continuation"))
+            text = " ".join((text or str(payload.get("tokens", ""))).split())
             document = str(payload.get("document", ""))
             table.add_row(str(query), str(identity), f"{distance:.4g}", escape(document), escape(text))
         table.add_section()

@@ -27,7 +27,8 @@ class Token:
         id: token id; -1 for text that was held back and is given at the end.
         position: absolute position in the sequence, the prompt included.
         logprob: natural logarithm of its probability, where asked for.
-        passages: where retrieval was asked for: what was retrieved at this position, nearest first.
+        passages: where retrieval was asked for: what was retrieved at this position, nearest first: what
+            `Hits.payloads` holds, with the neighbour's `id` and `distance`.
     """
 
     text: str
@@ -44,7 +45,9 @@ class Hits:
     Attributes:
         ids: int64 [queries, k], -1 where the index holds fewer.
         distances: float32 [queries, k], in the index's metric.
-        payloads: for each query, a map for each neighbour (what the index knows of it: tokens, text, document).
+        payloads: for each query, a map for each neighbour, empty where there is none: its `document`, the `start` of a
+            window of `tokens` in it, of which the first `split` led to the neighbour; where the index holds a
+            tokenizer, both parts as text, `context` and `continuation`.
     """
 
     ids: Array

@@ -55,7 +55,7 @@ class Plan:
     control: int = 80_000
     development: int = 4_000
     held_out: int = 8_000
-    seconds: float = 60.0
+    seconds: float = 50.0
     least: int = 20_000
     generated: int = 72
     k: int = 32
@@ -161,7 +161,9 @@ async def _watched(cluster: Cluster, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait((working, ended), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             child = ended.result()
-            raise WorkerFailed(f"{child.name} ended under the demo: {last_line(child.log) or child.code}; run it again")
+            code = child.code or 0
+            how = f"was killed by signal {-code}" if code < 0 else f"ended ({code}): {last_line(child.log)}"
+            raise WorkerFailed(f"{child.name} {how}; run the demo again")
         return working.result()
     finally:
         working.cancel()

@@ -44,9 +44,11 @@ async def watched(test: Coroutine[Any, Any, None]) -> None:
     """Runs a test; fails where it leaves tasks, or where a callback or a task failed with nobody to tell."""
     complaints: list[str] = []
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(
-        lambda _, context: complaints.append(f"{context['message']}: {context.get('exception')!r}")
-    )
+
+    def complain(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        complaints.append(f"{context['message']}: {context.get('exception')!r}")
+
+    loop.set_exception_handler(complain)
     await test
     for _ in range(100):  # what has just been cancelled ends within a few turns
         if len(asyncio.all_tasks()) == 1:

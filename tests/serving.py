@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
+
+from ralmq.workers.process import PARENT_PIPE
 
 PATIENCE = 30.0  # seconds after which a poll gives up; no test measures time by it
 
@@ -44,15 +45,18 @@ class Process:
 
     Args:
         folder: where its log goes; also its current folder, so that `module:Class` finds modules there.
+        inherit: the reading end of a pipe whose other end stands for the life of the parent.
     """
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, inherit: int | None = None) -> None:
+        self._inherit = inherit
         self._arguments = arguments
         self._folder = folder
         self._log = folder / f"{'-'.join(arguments[:2]).replace('/', '_').replace(':', '_')}-{id(self):x}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
+        pipe = {} if self._inherit is None else {PARENT_PIPE: str(self._inherit)}
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "ralmq", *self._arguments],
@@ -60,13 +64,12 @@ class Process:
                 stdout=log,
                 stderr=log,
                 cwd=self._folder,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **pipe},
+                pass_fds=() if self._inherit is None else (self._inherit,),
             )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.send(signal.SIGKILL)
         assert self.process is not None
         self.process.wait()

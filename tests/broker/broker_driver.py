@@ -7,7 +7,7 @@ from ralmq.broker.limits import Limits
 from ralmq.schema.codec import decode, encode
 from ralmq.schema.frame import Prefix
 from ralmq.schema.limits import NO_ID
-from ralmq.schema.message import Beat, Final, Hello, Request, Span
+from ralmq.schema.message import Beat, Final, Gone, Hello, Request, Span
 from simulation.invariants import invariants
 
 EPOCH = 7
@@ -70,7 +70,13 @@ class Broker:
         return self._seen(self.core.step(self.now, peer.encode(), frames))
 
     def lost(self, peer: str) -> list[Out]:
-        return self._seen(self.core.lost(self.now, peer.encode()))
+        """The connection is lost; the GONE that a peer gets which lives nevertheless is left out."""
+        known = self.count("lost_peers")
+        sent = self._seen(self.core.lost(self.now, peer.encode()))
+        if self.count("lost_peers") > known:
+            gone = sent.pop(0)
+            assert gone.to == peer and isinstance(gone.message, Gone) and gone.prefix.id == NO_ID
+        return sent
 
     def tick(self, seconds: float = 0.0) -> list[Out]:
         """One tick, some time later; the BEATs are left out."""

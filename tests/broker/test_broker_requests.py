@@ -6,6 +6,7 @@ import msgpack
 import numpy as np
 import pytest
 from broker_driver import EPOCH, Broker, codes, ident, only, shown
+from ralmq.broker.requests import REMEMBERED
 from ralmq.broker.services import BUSY_CEILING
 from ralmq.schema.codec import encode
 from ralmq.schema.frame import LENGTHS
@@ -164,7 +165,7 @@ def test_what_has_ended_long_ago_is_still_known_as_ended(broker: Broker) -> None
     broker.end("w", "old")
     core, now = broker.core, broker.now
     request, final = (encode(kind, epoch=broker.epoch)[0] for kind in (Request("echo"), Final()))
-    for n in range(65_536):
+    for n in range(REMEMBERED):
         identity = n.to_bytes(16, "big")
         core.step(now, b"client", [request[:12] + identity + request[28:]])
         core.step(now, b"w", [final[:12] + identity + final[28:]])

@@ -57,7 +57,7 @@ def test_deadlines_hold_after_a_long_silence(broker: Broker) -> None:
     for n, deadline in enumerate((5.0, 0.5, 60.0, 700.0)):
         broker.ask("client", "echo", f"r{n}", deadline=deadline)
     sent = broker.tick(300.0)
-    assert [out.prefix.id.strip(b".") for out in sent if out.to == "client"] == [b"r1", b"r0", b"r2"]
+    assert {out.prefix.id.strip(b".") for out in sent if out.to == "client"} == {b"r1", b"r0", b"r2"}
     assert broker.open() == 1
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from types import TracebackType
 from typing import Self
 
 from serving import free_url
@@ -24,9 +23,7 @@ class Relay:
         self._server = await asyncio.start_server(self._connected, *_address(self.url))
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._server.close()
         self.cut()
         for task in self._tasks:

@@ -1,4 +1,4 @@
-"""The broker, or the connection to it, goes and comes back: everyone is back by itself, and nothing hangs or doubles."""
+"""The broker, or the connection to it, goes and comes back: everyone is back by itself, nothing hangs or doubles."""
 
 import asyncio
 

@@ -65,10 +65,12 @@ def small(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-c", SMALL, "demo", *arguments)
 
 
-def read_until(process: "subprocess.Popen[str]", line: str) -> None:
+def read_until(process: "subprocess.Popen[str]", line: str) -> str:
+    """The first line of the output that holds `line`."""
     assert process.stdout is not None
     while line not in (found := process.stdout.readline()):
         assert found, f"ended before {line!r}: {process.stderr.read() if process.stderr else ''}"
+    return found
 
 
 def bits(output: str, row: str) -> float:
@@ -102,6 +104,16 @@ def test_a_signal_ends_it_with_one_line(start: Start, place: str, number: signal
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert errors.count("\n") == 1 and errors.startswith("ralmq: stopped")
+
+
+def test_a_process_that_is_killed_ends_it_with_one_line(start: Start) -> None:
+    process = start(*small())
+    pid = int(read_until(process, "stage-1").split()[1])
+    read_until(process, "2. A datastore")
+    os.kill(pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.count("\n") == 1 and errors.startswith("ralmq: ")
 
 
 def test_a_folder_of_ones_own(start: Start, tmp_path: Path) -> None:

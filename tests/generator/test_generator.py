@@ -216,6 +216,7 @@ def test_passages_embeddings_and_search_by_text(model: Path, tokenizer: Tokenize
         )
         assert np.allclose(hits.distances, distances, atol=1e-2) and hits.payloads[0][0]["document"] == "0.txt"
         assert tokenizer.decode(hits.payloads[0][0]["tokens"]).startswith("the quick brown")
+        assert hits.payloads[0][0]["context"] == "the quick brown" and hits.payloads[0][0]["continuation"][:4] == " fox"
         assert hits.distances[0, 0] < 1e-3 and hits.ids.shape == ids.shape == (1, 3)
 
         plain = await told(client, "the quick", max_tokens=8)
@@ -226,7 +227,8 @@ def test_passages_embeddings_and_search_by_text(model: Path, tokenizer: Tokenize
         _, tokens, _ = await told(client, "the quick", retrieve="docs", k=4, interval=2, passages=True, max_tokens=8)
         assert [len(token.passages) for token in tokens] == [4, 0] * (len(tokens) // 2)
         passages = [passage for token in tokens for passage in token.passages]
-        assert all(set(passage) == {"document", "distance", "context", "continuation"} for passage in passages)
+        known = {"document", "start", "split", "tokens", "context", "continuation", "id", "distance"}
+        assert all(set(passage) == known for passage in passages)
         whole = [p for p in passages if "\N{REPLACEMENT CHARACTER}" not in p["context"] + p["continuation"]]
         assert whole and all(p["context"] + p["continuation"] in texts[int(p["document"][0])] for p in whole)
         first = tokens[0].passages[0]

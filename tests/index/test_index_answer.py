@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from ralmq.schema.codec import decode, encode
 from ralmq.schema.message import Final
-from ralmq.workers.index.answer import answer
+from ralmq.workers.index.answer import MAX_PAYLOADS, NAME_BYTES, TEXT_BYTES, answer
 from ralmq.workers.index.store import BadQuery, OpenIndex, open_index
 from ralmq.workers.index.stream import TokenStream
+from tokenizers import Tokenizer, models
 
 QUERIES = np.random.default_rng(9).normal(size=(3, 4)).astype(np.float32)
 
@@ -85,13 +86,51 @@ def test_requests_that_are_refused(index: OpenIndex, body: dict[Any, Any], array
     assert said in str(caught.value)
 
 
+def test_payloads_as_text(build: Callable[..., Path], words: Tokenizer) -> None:
+    stream = TokenStream(np.arange(20, dtype=np.int32), ("a.txt", "b.txt", "c.txt"), np.array([0, 7, 8]))
+    index = open_index(build(stream=stream, tokenizer=words.to_str()))
+    body, (ids, _) = answer(index, {"k": 18, "payloads": True, "following": False}, [QUERIES])
+    for row, found in zip(ids, body["payloads"], strict=True):
+        for passage, payload in zip(index.passages(row), found, strict=True):
+            if passage is None:
+                assert payload == {}
+                continue
+            assert payload["context"] == " ".join(f"w{token}" for token in payload["tokens"][: passage.split])
+            assert payload["continuation"] == " ".join(f"w{token}" for token in payload["tokens"][passage.split :])
+            assert payload["context"] and payload["continuation"]
+            assert payload.keys() == {"document", "start", "split", "tokens", "context", "continuation"}
+    assert sum(payload == {} for row in body["payloads"] for payload in row) == 3
+
+
+def test_long_text_is_cut_where_it_is_farthest_from_the_neighbour(build: Callable[..., Path]) -> None:
+    long = Tokenizer(models.WordLevel({f"{place:02}-" + "\u4f60" * 9: place for place in range(40)}, unk_token="x"))
+    stream = TokenStream(np.arange(40, dtype=np.int32), ("\u4f60" * 50,), np.array([0]))
+    vectors = np.zeros((39, 4), np.float32)
+    vectors[20] = 1
+    index = open_index(build(vectors=vectors, stream=stream, entries=stream.entries(), tokenizer=long.to_str()))
+    payload = answer(index, {"k": 1, "payloads": True}, [vectors[20:21]])[0]["payloads"][0][0]
+    assert payload["tokens"] == list(range(5, 37)) and payload["split"] == 16
+    whole = long.decode(payload["tokens"][:16]), long.decode(payload["tokens"][16:])
+    assert whole[0].endswith(payload["context"]) and whole[1].startswith(payload["continuation"])
+    assert payload["document"] == "\u4f60" * (NAME_BYTES // 3)
+    for text in (payload["context"], payload["continuation"]):
+        assert TEXT_BYTES - 3 < len(text.encode()) <= TEXT_BYTES
+
+
 def test_payloads_fit_a_message(build: Callable[..., Path]) -> None:
-    """The most there may be, with names and token ids as long as they come, and one more."""
+    """The most there may be, with names, texts and token ids as long as they come, and one more."""
     stream = TokenStream(np.full(1200, 1 << 30, np.int32), ("x" * 3000,), np.array([0]))
-    index = open_index(build(vectors=np.zeros((1199, 4), np.float32), stream=stream, entries=stream.entries()))
-    body, arrays = answer(index, {"k": 1024, "payloads": True}, [np.zeros((2, 4), np.float32)])
+    words = Tokenizer(models.WordLevel({"word" * 99: 1 << 30}, unk_token="x"))
+    vectors = np.zeros((1199, 4), np.float32)
+    index = open_index(build(vectors=vectors, stream=stream, entries=stream.entries(), tokenizer=words.to_str()))
+    body, arrays = answer(index, {"k": MAX_PAYLOADS // 2, "payloads": True}, [np.zeros((2, 4), np.float32)])
+    for row in body["payloads"]:
+        for payload in row:
+            payload.update(id=(1 << 63) - 1, distance=0.1)  # what is added where they go on with a token
     sent = encode(Final(body, arrays))
     received = decode(sent)[1]
-    assert received.body == body and received.body["payloads"][1][1023]["document"] == "x" * 128
-    with pytest.raises(BadQuery, match="payloads of 2049 hits; ask for at most 2048"):
-        answer(index, {"k": 683, "payloads": True}, [np.zeros((3, 4), np.float32)])
+    assert received.body == body
+    last = body["payloads"][1][-1]
+    assert [len(last[name]) for name in ("document", "context", "continuation")] == [NAME_BYTES, TEXT_BYTES, TEXT_BYTES]
+    with pytest.raises(BadQuery, match="payloads of 1025 hits; ask for at most 1024"):
+        answer(index, {"k": 205, "payloads": True}, [np.zeros((5, 4), np.float32)])

@@ -47,6 +47,7 @@ def test_every_token_is_an_entry_once(scorer: Scorer, words: Tokenizer, tmp_path
         for place in range(len(ids) - 1)
     ]
     assert payloads.tolist() == wanted
+    assert index.tokenizer is not None and index.tokenizer.to_str() == words.to_str()
 
 
 def test_keys_belong_to_their_entries(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:

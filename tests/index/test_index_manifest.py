@@ -9,8 +9,17 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
-from ralmq.workers.index.manifest import FILES, ManifestError, load_manifest, read_manifest, record_file, write_manifest
+from ralmq.workers.index.manifest import (
+    FILES,
+    TOKENIZER,
+    ManifestError,
+    load_manifest,
+    read_manifest,
+    record_file,
+    write_manifest,
+)
 from ralmq.workers.index.store import open_index
+from tokenizers import Tokenizer
 
 Build = Callable[..., Path]
 
@@ -23,7 +32,7 @@ def change(index: Path, **fields: Any) -> None:
 def refresh(index: Path) -> None:
     """Makes the manifest name the files as they are now."""
     manifest = load_manifest(index)
-    write_manifest(index, replace(manifest, files={name: record_file(index / name) for name in FILES}))
+    write_manifest(index, replace(manifest, files={name: record_file(index / name) for name in manifest.files}))
 
 
 def test_round_trip(build: Build) -> None:
@@ -49,25 +58,25 @@ def test_missing_directory(tmp_path: Path) -> None:
     assert "no such index directory" in fault(tmp_path / "none")
 
 
-@pytest.mark.parametrize("name", ["manifest.json", *FILES])
-def test_missing_file(build: Build, name: str) -> None:
-    index = build()
+@pytest.mark.parametrize("name", ["manifest.json", *FILES, TOKENIZER])
+def test_missing_file(build: Build, words: Tokenizer, name: str) -> None:
+    index = build(tokenizer=words.to_str())
     (index / name).unlink()
     message = fault(index)
     assert f"{name}: the file is missing" in message
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_other_size(build: Build, name: str) -> None:
-    index = build()
+@pytest.mark.parametrize("name", [*FILES, TOKENIZER])
+def test_other_size(build: Build, words: Tokenizer, name: str) -> None:
+    index = build(tokenizer=words.to_str())
     with (index / name).open("ab") as file:
         file.write(b"x")
     assert f"{name}: " in fault(index) and "bytes where the manifest says" in fault(index)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_other_sha256(build: Build, name: str) -> None:
-    index = build()
+@pytest.mark.parametrize("name", [*FILES, TOKENIZER])
+def test_other_sha256(build: Build, words: Tokenizer, name: str) -> None:
+    index = build(tokenizer=words.to_str())
     raw = bytearray((index / name).read_bytes())
     raw[-1] ^= 1
     (index / name).write_bytes(raw)
@@ -116,6 +125,8 @@ def test_unknown_format(build: Build, version: Any) -> None:
         ({"files": []}, "files are not an object"),
         ({"files": {}}, "files are not exactly"),
         ({"files": {"../x": {"bytes": 1, "sha256": "0" * 64}}}, "files are not exactly"),
+        ({"files": {name: {"bytes": 1, "sha256": "0" * 64} for name in (*FILES, "x")}}, "files are not exactly"),
+        ({"files": {name: {"bytes": 1, "sha256": "0" * 64} for name in FILES[1:]}}, "files are not exactly"),
         ({"files": {name: {"bytes": -1, "sha256": "0" * 64} for name in FILES}}, "is not a count of bytes"),
         ({"files": {name: {"bytes": 1, "sha256": "zz"} for name in FILES}}, "is not 64 hex digits"),
         ({"files": {name: {"bytes": 1} for name in FILES}}, "has not 'bytes' and 'sha256'"),
@@ -176,14 +187,16 @@ def test_vectors_fewer_than_payloads(build: Build) -> None:
         ("index.faiss", b"nonsense", "faiss cannot read it"),
         ("payloads.npy", b"nonsense", "is no .npy file"),
         ("tokens.npy", b"", "is no .npy file"),
+        ("tokenizer.json", b"{}", "holds no tokenizer that can be read"),
+        ("tokenizer.json", b"\xff", "holds no tokenizer that can be read"),
         ("documents.json", b"{}", "holds no names with their starts"),
         ("documents.json", b'{"names": ["a"], "starts": [1]}', "holds no names with their starts"),
         ("documents.json", b'{"names": [1], "starts": [0]}', "holds no names with their starts"),
         ("documents.json", b'{"names": ["a"], "starts": [99999999999999999999]}', "holds no names with their starts"),
     ],
 )
-def test_files_that_are_no_such_files(build: Build, name: str, raw: bytes, said: str) -> None:
-    index = build()
+def test_files_that_are_no_such_files(build: Build, words: Tokenizer, name: str, raw: bytes, said: str) -> None:
+    index = build(tokenizer=words.to_str())
     (index / name).write_bytes(raw)
     refresh(index)
     assert f"{name}: {said}" in fault(index)
@@ -212,6 +225,12 @@ def test_another_kind_of_index(build: Build) -> None:
     faiss.write_index(graph, str(index / "index.faiss"))
     refresh(index)
     assert "which is not served" in fault(index)
+
+
+def test_a_tokenizer_that_the_manifest_does_not_name_is_not_read(build: Build) -> None:
+    index = build()
+    (index / "tokenizer.json").write_text("{")
+    assert open_index(index).tokenizer is None
 
 
 def test_replaced_while_opened(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from ralmq.workers.index.directory import OutputError, replacing
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.stream import TokenStream
 from ralmq.workers.index.writer import default_factory
+from tokenizers import Tokenizer
 
 Build = Callable[..., Path]
 
@@ -83,6 +84,13 @@ def test_an_old_index_is_replaced_whole(build: Build, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["docs"]
     assert open_index(tmp_path / "docs").manifest.fingerprint == "new"
     assert opened.following(np.array([0])).tolist() == [[101, 102, 103, 104, 105, 106, -1, -1]]  # still mapped
+
+
+def test_an_index_with_a_tokenizer_is_replaced_by_one_without(build: Build, words: Tokenizer) -> None:
+    index = build(tokenizer=words.to_str())
+    assert (index / "tokenizer.json").read_text() == words.to_str()
+    build()
+    assert not (index / "tokenizer.json").exists() and open_index(index).tokenizer is None
 
 
 def test_a_file_of_the_user_is_never_deleted(build: Build, tmp_path: Path) -> None:

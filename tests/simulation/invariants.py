@@ -50,8 +50,6 @@ def quiescent(core: Core) -> None:
     """
     requests = core.requests
     holds(not requests.open, f"{len(requests.open)} requests never ended")
-    holds(not requests._deadlines._buckets, "deadlines were left")
-    holds(not requests._waits._buckets, "waits were left")
     holds(not requests.queued_bytes, f"{requests.queued_bytes} queued bytes were left")
     for peer in core.roster.peers.values():
         held = (peer.load, len(peer.serving), len(peer.ending), len(peer.asked), peer.queued_bytes)
@@ -74,7 +72,6 @@ def _record(core: Core, record: Record) -> None:
         assert worker is not None
         holds(peers.get(worker.key) is worker, "its worker is gone", record)
         holds(worker.serving.get(record.id) is record, "is unknown to its worker", record)
-        holds(not record.wait or record not in _timed(core), "runs, and a timer still waits for its service", record)
     parent = record.parent
     if parent is not None:
         holds(requests.open.get(parent.id) is parent, "its parent is over", record)
@@ -84,10 +81,6 @@ def _record(core: Core, record: Record) -> None:
         holds(not late, "may outlive its parent", record)
     for child in (record.children or {}).values():
         holds(requests.open.get(child.id) is child and child.parent is record, "has a stray child", record)
-
-
-def _timed(core: Core) -> list[Record]:
-    return [record for bucket in core.requests._waits._buckets.values() for record in bucket.values()]
 
 
 def _peer(core: Core, peer: Peer) -> None:
@@ -122,10 +115,10 @@ def _tables(core: Core) -> None:
     holds(sum(len(peer.asked) for peer in peers) == len(requests.open), "asked and open differ")
     running = sum(record.state is State.RUNNING for record in requests.open.values())
     holds(sum(len(peer.serving) for peer in peers) == running, "serving and running differ")
-    due = sum(bool(record.deadline) for record in requests.open.values())
-    holds(sum(map(len, requests._deadlines._buckets.values())) == due, "deadlines and their timers differ")
-    buckets = [*requests._deadlines._buckets.values(), *requests._waits._buckets.values()]
-    holds(all(buckets), "empty timer buckets are kept")
+    for record in requests.open.values():
+        waits = record.state is State.QUEUED and not record.service.offers
+        named = min(record.deadline or float("inf"), record.wait if waits else float("inf"))
+        holds(requests._due <= named, "something is due, and nobody will look", record)
     offers = Counter(service.name for peer in peers for service in peer.services)
     for service in requests.services.values():
         holds(service.offers == offers[service.name], f"{service.name}: {service.offers} offers counted")
@@ -146,7 +139,6 @@ def _queues(core: Core) -> None:
         waiting += records
     queued = {record.id for record in requests.open.values() if record.state is State.QUEUED}
     holds(len(waiting) == len(queued) and {record.id for record in waiting} == queued, "queues and states differ")
-    holds(all(record.id in queued for record in _timed(core)), "a timer waits for a request that is not queued")
     sizes = Counter[bytes]()
     for record in waiting:
         holds(record.size == sum(map(len, record.frames)), "a queued request lost its frames")

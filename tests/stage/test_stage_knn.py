@@ -11,10 +11,12 @@ import pytest
 import torch
 from ralmq.client.client import Client
 from ralmq.errors import NoService, RalmqError, Refused
+from ralmq.workers.index.answer import MAX_PAYLOADS
 from ralmq.workers.index.datastore import build_datastore
 from ralmq.workers.index.sources import Document
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.writer import write_index
+from ralmq.workers.stage.last import PASSAGES
 from serving import until
 from stage.offline import Offline
 from stage.pipelines import Answered, Cluster, Watched, cluster, generated, lm, prompts, scored, stages
@@ -193,6 +195,7 @@ def test_staleness_hides_the_wait(checkpoint: Callable[[str], Path], docs: Path)
 
 def test_passages_tell_where_neighbours_stand(checkpoint: Callable[[str], Path], docs: Path) -> None:
     async def body(running: Cluster, index: Watched) -> None:
+        assert PASSAGES == MAX_PAYLOADS
         retrieve = knn(k=4, interval=2, passages=True)
         stream = lm(running.client, PROMPT, max_tokens=5, ignore_eos=True, retrieve=retrieve)
         bodies = [part.body async for part in stream]
@@ -205,6 +208,8 @@ def test_passages_tell_where_neighbours_stand(checkpoint: Callable[[str], Path],
                 assert np.allclose([passage["distance"] for passage in body["passages"]], distances[0])
                 wanted = [p.tokens.tolist() for p in opened.passages(ids[0]) if p is not None]
                 assert [passage["tokens"] for passage in body["passages"]] == wanted
+                texts = [" ".join(f"w{token}" for token in tokens) for tokens in wanted]
+                assert [" ".join((p["context"], p["continuation"])) for p in body["passages"]] == texts
 
     with_index(checkpoint(FAMILY), docs, body)
 

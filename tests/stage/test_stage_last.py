@@ -205,12 +205,12 @@ def test_one_query_for_the_rows_that_ask_alike() -> None:
 
 def test_passages_of_many_rows_come_in_as_many_queries_as_an_index_answers() -> None:
     last = new()
-    keys = [start(last, n, 2, retrieve=Retrieval(index="i", k=900, passages=True)) for n in range(5)]
+    keys = [start(last, n, 2, retrieve=Retrieval(index="i", k=450, passages=True)) for n in range(5)]
     queries = step(last, *[(key, 0, 2) for key in keys]).queries
     assert [query.keys for query in queries] == [keys[:2], keys[2:4], keys[4:]]
     assert all(len(query.keys) * query.k <= PASSAGES and query.body["payloads"] for query in queries)
     last = new()
-    keys = [start(last, n, 2, retrieve=Retrieval(index="i", k=900)) for n in range(5)]
+    keys = [start(last, n, 2, retrieve=Retrieval(index="i", k=450)) for n in range(5)]
     assert [query.keys for query in step(last, *[(key, 0, 2) for key in keys]).queries] == [keys]
 
 

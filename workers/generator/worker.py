@@ -75,7 +75,7 @@ class Generator(Worker):
             async for part in stream:
                 made += 1
                 body = part.body
-                yield {**body, "text": text.push(body["token"]), **self._passages(body)}
+                yield {**body, "text": text.push(body["token"])}
                 if text.stopped:
                     break
         tail = text.flush()
@@ -135,23 +135,6 @@ class Generator(Worker):
         if self._tokenizer is None:
             raise Refused(f"{self._path} does not exist and is needed {why}: add it, or give token ids")
         return self._tokenizer
-
-    def _passages(self, body: dict[str, Any]) -> dict[str, Any]:
-        """What was retrieved, as text: `context` led to the neighbour, `continuation` followed it."""
-        if "passages" not in body or self._tokenizer is None:
-            return {}
-        decode = self._tokenizer.decode
-        passages = [
-            {
-                "document": passage.get("document", ""),
-                "distance": passage["distance"],
-                "context": decode(passage["tokens"][: passage["split"]]),
-                "continuation": decode(passage["tokens"][passage["split"] :]),
-            }
-            for passage in body["passages"]
-            if "tokens" in passage
-        ]
-        return {"passages": passages}
 
     def _left(self, request: Request) -> float:
         """Seconds until the asker's deadline."""

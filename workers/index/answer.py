@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from .store import BadQuery, OpenIndex, Passage
 
-MAX_PAYLOADS = 2048  # hits whose payloads travel in one body, which holds 1 MiB
 CONTEXT = 16
-_NAME = 128
+NAME_BYTES = 128
+TEXT_BYTES = 256
+MAX_PAYLOADS = (
+    1024  # hits whose payloads travel in one body: each below 1 KiB, 256 bytes of which are token ids and keys
+)
 _FIELDS = ("k", "nprobe", "following", "payloads", "info")
 
 Reply = tuple[dict[str, Any], list[NDArray[Any]]]
@@ -24,9 +28,11 @@ def answer(index: OpenIndex, body: Mapping[str, Any], arrays: Sequence[NDArray[A
     Body {"info": true} without arrays gives {"name", "d", "ntotal", "metric", "fingerprint", "model",
     "tokens_per_payload"}. Else the body is {"k": 10, "nprobe": 8, "following": true, "payloads": false} (all optional,
     these are the defaults) with queries float32 [m, d]. The arrays of the answer are ids int64 [m, k], distances
-    float32 [m, k] and, with `following`, the tokens behind each hit int32 [m, k, 8]. With `payloads` (at most 2048
-    hits) its body holds "payloads": for each query a map for each hit, {"document": name, "start": offset of the window
-    in it, "split": how many tokens of the window are the hit's context, "tokens": window}, {} for id -1.
+    float32 [m, k] and, with `following`, the tokens behind each hit int32 [m, k, 8]. With `payloads` (at most 1024
+    hits) its body holds "payloads": for each query a map for each hit, {"document": name (its last 128 bytes), "start":
+    offset of the window in it, "split": how many tokens of the window are the hit's context, "tokens": window}, {} for
+    id -1. An index with a tokenizer adds both parts of the window as text, "context" (its last 256 bytes) and
+    "continuation" (its first 256 bytes).
 
     Raises BadQuery.
     """
@@ -64,15 +70,25 @@ def _info(index: OpenIndex) -> dict[str, Any]:
 def _payloads(index: OpenIndex, ids: NDArray[np.int64]) -> list[list[dict[str, Any]]]:
     if ids.size > MAX_PAYLOADS:
         raise BadQuery(f"payloads of {ids.size} hits; ask for at most {MAX_PAYLOADS} at once, or without payloads")
-    return [[_map(passage) for passage in index.passages(row, CONTEXT, CONTEXT)] for row in ids]
+    return [[_map(passage, index.tokenizer) for passage in index.passages(row, CONTEXT, CONTEXT)] for row in ids]
 
 
-def _map(passage: Passage | None) -> dict[str, Any]:
+def _map(passage: Passage | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
     if passage is None:
         return {}
-    return {
-        "document": passage.document[-_NAME:],
+    tokens = passage.tokens.tolist()
+    found = {
+        "document": _cut(passage.document, slice(-NAME_BYTES, None)),
         "start": passage.start,
         "split": passage.split,
-        "tokens": passage.tokens.tolist(),
+        "tokens": tokens,
     }
+    if tokenizer is not None:
+        found["context"] = _cut(tokenizer.decode(tokens[: passage.split]), slice(-TEXT_BYTES, None))
+        found["continuation"] = _cut(tokenizer.decode(tokens[passage.split :]), slice(TEXT_BYTES))
+    return found
+
+
+def _cut(text: str, kept: slice) -> str:
+    """Those bytes of the text as UTF-8, without a character that the cut splits."""
+    return text.encode(errors="replace")[kept].decode(errors="ignore")

@@ -39,7 +39,7 @@ async def build_datastore(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Manifest:
-    """Scores `documents` with `lm:<model>` over `client` and writes index, payloads and manifest to `out`, atomically.
+    """Scores `documents` with `lm:<model>` over `client` and writes index, payloads, tokenizer and manifest to `out`.
 
     An entry's key is the hidden state at the last layer's FFN input, its value the next token (kNN-LM, Khandelwal et
     al., 2020); each token but a document's last is an entry once. `progress(stage, done, total)` hears of the stages
@@ -62,6 +62,7 @@ async def build_datastore(
             entries=scored.entries,
             model=model,
             fingerprint=scored.info.fingerprint,
+            tokenizer=tokenizer.to_str(),
             sources=sources,
             factory=factory,
             threads=threads,

@@ -21,7 +21,8 @@ PAYLOADS = "payloads.npy"
 ENTRIES = "entries.npy"
 TOKENS = "tokens.npy"
 DOCUMENTS = "documents.json"
-FILES = (VECTORS, PAYLOADS, ENTRIES, TOKENS, DOCUMENTS)
+TOKENIZER = "tokenizer.json"
+FILES = (VECTORS, PAYLOADS, ENTRIES, TOKENS, DOCUMENTS)  # of every index; TOKENIZER only where its texts can be read
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -45,7 +46,8 @@ class FileRecord:
 class Manifest:
     """One index: `ntotal` float32 vectors of `dimension`, each with `tokens_per_payload` following token ids.
 
-    `fingerprint` is that of the model whose hidden states the vectors are; `factory` is faiss's own index string.
+    `fingerprint` is that of the model whose hidden states the vectors are; `factory` is faiss's own index string;
+    `files` are those that every index has and, where its tokens can be decoded, the tokenizer.
     Raises ManifestError on a field out of its range.
     """
 
@@ -70,7 +72,10 @@ class Manifest:
         _want(valid_name(self.name), "name is not 1 to 64 letters, digits, '.', '_' or '-'")
         _want(self.metric in ("l2", "ip"), "metric is neither 'l2' nor 'ip'")
         _want(all(isinstance(source, str) for source in self.sources), "sources are not strings")
-        _want(sorted(self.files) == sorted(FILES), f"files are not exactly {', '.join(FILES)}")
+        _want(
+            self.files.keys() - {TOKENIZER} == set(FILES),
+            f"files are not exactly {', '.join(FILES)}, with or without {TOKENIZER}",
+        )
         for name, record in self.files.items():
             _want(type(record.bytes) is int and record.bytes >= 0, f"the size of {name} is not a count of bytes")
             _want(

@@ -1,6 +1,6 @@
 """An index directory opened for search: nearest entries, the tokens that follow them, the passages around them.
 
-Knows faiss and numpy; no socket, no service, no model.
+Knows faiss, numpy and the tokenizer that the directory carries; no socket, no service, no model.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any
 import faiss
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from ...schema.errors import Refused
 from .manifest import (
     DOCUMENTS,
     ENTRIES,
     PAYLOADS,
+    TOKENIZER,
     TOKENS,
     VECTORS,
     Manifest,
@@ -55,7 +57,10 @@ class Passage:
 
 
 class OpenIndex:
-    """One index, read into memory (its arrays mapped). Searching is safe from several threads at once."""
+    """One index, read into memory (its arrays mapped). Searching is safe from several threads at once.
+
+    `tokenizer` decodes its tokens; None where the directory holds none.
+    """
 
     def __init__(
         self,
@@ -64,9 +69,11 @@ class OpenIndex:
         payloads: NDArray[np.int32],
         entries: NDArray[np.int64],
         stream: TokenStream,
+        tokenizer: Tokenizer | None,
         threads: int,
     ) -> None:
         self.manifest = manifest
+        self.tokenizer = tokenizer
         self._index = index
         self._payloads = payloads
         self._entries = entries
@@ -155,6 +162,7 @@ def open_index(path: Path, threads: int = 1) -> OpenIndex:
     stream = _stream(path)
     if entries.min() < 0 or entries.max() >= len(stream.tokens):
         raise ManifestError(f"{path / ENTRIES}: offsets leave the token stream; {_AGAIN}")
+    tokenizer = _tokenizer(path / TOKENIZER) if TOKENIZER in manifest.files else None
     index = _read_faiss(path / VECTORS)
     found = (index.d, index.ntotal, index.metric_type)
     if found != (manifest.dimension, manifest.ntotal, METRICS[manifest.metric]):
@@ -164,7 +172,7 @@ def open_index(path: Path, threads: int = 1) -> OpenIndex:
         )
     if load_manifest(path) != manifest:
         raise ManifestError(f"{path}: was replaced while it was opened; open it again")
-    return OpenIndex(manifest, index, payloads, entries, stream, threads)
+    return OpenIndex(manifest, index, payloads, entries, stream, tokenizer, threads)
 
 
 def _check_version(path: Path, manifest: Manifest) -> None:
@@ -201,6 +209,13 @@ def _stream(path: Path) -> TokenStream:
         return TokenStream(tokens, tuple(names), np.array(found["starts"], dtype=np.int64))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise ManifestError(f"{path / DOCUMENTS}: holds no names with their starts; {_AGAIN}") from None
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception:  # the library raises plain Exception
+        raise ManifestError(f"{path}: holds no tokenizer that can be read; {_AGAIN}") from None
 
 
 def _read_faiss(path: Path) -> faiss.Index:

@@ -19,6 +19,7 @@ from .manifest import (
     FILES,
     MANIFEST,
     PAYLOADS,
+    TOKENIZER,
     TOKENS,
     VECTORS,
     FileRecord,
@@ -30,7 +31,7 @@ from .manifest import (
 from .progress import Progress, silent
 from .stream import PAYLOAD, TokenStream
 
-OWN_FILES = (*FILES, MANIFEST)
+OWN_FILES = (*FILES, TOKENIZER, MANIFEST)
 METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
 FLAT_BELOW = 20_000
 _TRAINED_PER_LIST = 39  # the fewest points a centroid that faiss trains without a warning
@@ -51,6 +52,7 @@ def write_index(
     entries: NDArray[np.int64],
     model: str,
     fingerprint: str,
+    tokenizer: str | None = None,
     sources: Sequence[str] = (),
     metric: Literal["l2", "ip"] = "l2",
     factory: str | None = None,
@@ -61,8 +63,9 @@ def write_index(
     """Writes the index of `vectors` [n, d] to `out`, atomically, and returns its manifest.
 
     Entry i has the key vectors[i] and the value that follows offset entries[i] of `stream`; its payload is the 8 tokens
-    from there. `factory` None chooses by n. `seed` fixes the training sample. Raises OutputError for an `out`, a name,
-    an array or a factory string that cannot be; OSError.
+    from there. `tokenizer`, the JSON of the model's own, lets the index give its passages as text; without one it gives
+    token ids alone. `factory` None chooses by n. `seed` fixes the training sample. Raises OutputError for an `out`, a
+    name, an array or a factory string that cannot be; OSError.
     """
     check_name(name)
     _check_arrays(vectors, entries, stream)
@@ -75,6 +78,8 @@ def write_index(
         _save(directory / TOKENS, stream.tokens)
         documents = {"names": list(stream.names), "starts": stream.starts.tolist()}
         (directory / DOCUMENTS).write_text(json.dumps(documents), encoding="utf-8")
+        if tokenizer is not None:
+            (directory / TOKENIZER).write_text(tokenizer, encoding="utf-8")
         manifest = Manifest(
             name=name,
             dimension=vectors.shape[1],
@@ -99,7 +104,7 @@ def check_name(name: str) -> None:
 
 
 def _records(directory: Path) -> dict[str, FileRecord]:
-    return {name: record_file(directory / name) for name in FILES}
+    return {path.name: record_file(path) for path in sorted(directory.iterdir())}
 
 
 def _save(path: Path, array: NDArray[np.int32] | NDArray[np.int64]) -> None:

@@ -27,7 +27,7 @@ from .leader import Key
 from .neighbours import Neighbours, Query
 
 CHUNK = 256  # positions of a score in one PARTIAL
-PASSAGES = 2048  # hits with passages that an index answers at once
+PASSAGES = 1024  # hits with passages that an index answers at once
 
 Array = np.ndarray[Any, Any]
 Sent = tuple[Any, Key, int]  # message, request, sequence number

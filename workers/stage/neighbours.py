@@ -42,8 +42,7 @@ class Query:
 class Neighbours:
     """One row's answer: distances float32 [k], following tokens int32 [k, 8].
 
-    `passages` (where asked for) say where each neighbour stands: document, start, tokens, of which the first `split`
-    are its context.
+    `passages` (where asked for) are the index's payloads, each with the `id` and the `distance` of its neighbour.
     """
 
     distances: Array
