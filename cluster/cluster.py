@@ -176,8 +176,11 @@ async def _end(children: Iterable[Child]) -> None:
     running = [child for child in children if child.code is None]
     for child in running:
         child.terminate()
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(asyncio.gather(*(child.wait() for child in running)), GRACE)
-    for child in running:
-        child.kill()
-    await asyncio.gather(*(child.wait() for child in running))
+    waits = [asyncio.ensure_future(child.wait()) for child in running]
+    if waits:
+        try:
+            await asyncio.wait(waits, timeout=GRACE)
+        finally:  # also when a second Ctrl-C comes
+            for child in running:
+                child.kill()
+        await asyncio.wait(waits)

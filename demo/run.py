@@ -265,7 +265,6 @@ async def _index(demo: Demo, name: str, documents: Many, most: int, report: Repo
         tokenizer=demo.tokenizer,
         out=demo.directory / name,
         max_tokens=most,
-        factory="IVF512,Flat" if count >= MANY else None,
         progress=report,
     )
     report("serve", 0, 1)

@@ -40,7 +40,7 @@ def test_neighbours_are_shown(tmp_path: Path, with_text: bool) -> None:
         assert (done.returncode, done.stderr) == (0, "")
         [[payload]] = json.loads(done.stdout)["payloads"]
         known = {"document": "a.txt", "start": 0, "split": 2, "tokens": [0, 1, 2, 3, 4]}
-        text = {"context": "zero one", "continuation": "two [three] four"}
+        text = {"context": "zero one", "continuation": " two [three] four"}
         assert payload == (known | text if with_text else known)
         shown = ralmq(*asked, home=tmp_path)
         assert shown.returncode == 0 and "a.txt" in shown.stdout

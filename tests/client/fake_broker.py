@@ -47,6 +47,12 @@ class FakeBroker:
         except zmq.Again:
             return [entry for entry in self._inbox if not isinstance(entry[1], Beat)]
 
+    def taken(self) -> list[tuple[Prefix, Any]]:
+        """The same, taken out."""
+        found = self.arrived()
+        self._inbox.clear()
+        return found
+
     async def receive(self, kind: type[Any]) -> tuple[Prefix, Any]:
         """The next message of a kind; BEATs and HELLOs that come before it are passed over, others must not."""
 

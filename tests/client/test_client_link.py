@@ -38,10 +38,12 @@ async def test_hello_is_repeated_until_welcome_comes() -> None:
         second = (await fake.receive(Hello))[1]
         assert first == second and first.pid > 0 and not first.services
         fake.send(Welcome())
-        fake.send(Welcome())  # the answer to the other HELLO
         client = await opening
         pending = client.stream("echo")
-        await fake.receive(Request)  # once, though two WELCOMEs came
+        await fake.receive(Request)
+        fake.send(Welcome())  # the answer to the other HELLO: nothing is repeated for it
+        fake.hold_up()
+        await asyncio.sleep(0.05)
         del pending
         await fake.receive(Cancel)
         await client.__aexit__(None, None, None)
@@ -78,6 +80,33 @@ async def test_an_unknown_connection_announces_itself_and_repeats_its_requests()
             fake.send(Final({"n": 1}), id=first.id, attempt=1)
             fake.send(Final({"n": 2}), id=new[0].id, attempt=0)
             assert (await task).body == {"n": 1} and (await late).body == {"n": 2}
+
+
+async def test_what_waits_for_a_broker_that_forgot_us_is_dropped() -> None:
+    count, filler = 3000, {"filler": bytes(10_000)}
+    with FakeBroker() as fake:
+        async with linked(fake) as client:
+            tasks = [asyncio.create_task(client.request("echo", filler)) for _ in range(count)]
+            await asyncio.sleep(0.1)  # the fake reads nothing: the socket is full
+            fake.send(Gone())
+            fake.hold_up()
+            await asyncio.sleep(0.1)
+            old = new = 0
+            while new < count:
+                for prefix, message in fake.taken():
+                    if isinstance(message, Hello):
+                        fake.epoch = 6
+                        fake.send(Welcome(beat_ms=60_000))
+                    elif isinstance(message, Request) and prefix.epoch == 6:
+                        assert prefix.attempt == 1
+                        new += 1
+                        fake.send(Final(), id=prefix.id, attempt=1)
+                    else:
+                        assert isinstance(message, Request)
+                        old += 1
+                await asyncio.sleep(0.01)
+            await asyncio.gather(*tasks)
+            assert new == count and 0 < old < count
 
 
 async def test_a_repeated_stream_goes_on_where_it_was() -> None:

@@ -11,8 +11,9 @@ from ralmq.schema.message import Final
 from ralmq.workers.index.answer import MAX_PAYLOADS, NAME_BYTES, TEXT_BYTES, answer
 from ralmq.workers.index.store import BadQuery, OpenIndex, open_index
 from ralmq.workers.index.stream import TokenStream
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 
+KEYS = np.eye(4, dtype=np.float32)
 QUERIES = np.random.default_rng(9).normal(size=(3, 4)).astype(np.float32)
 
 
@@ -96,10 +97,26 @@ def test_payloads_as_text(build: Callable[..., Path], words: Tokenizer) -> None:
                 assert payload == {}
                 continue
             assert payload["context"] == " ".join(f"w{token}" for token in payload["tokens"][: passage.split])
-            assert payload["continuation"] == " ".join(f"w{token}" for token in payload["tokens"][passage.split :])
+            assert payload["continuation"] == "".join(f" w{token}" for token in payload["tokens"][passage.split :])
             assert payload["context"] and payload["continuation"]
             assert payload.keys() == {"document", "start", "split", "tokens", "context", "continuation"}
     assert sum(payload == {} for row in body["payloads"] for payload in row) == 3
+
+
+def test_a_character_whose_tokens_are_split(build: Callable[..., Path]) -> None:
+    """Bytes as tokens: no text before or behind the split holds the character."""
+    bytewise = Tokenizer(models.BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, []))
+    bytewise.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    stream = TokenStream(np.frombuffer("a\u4f60b".encode(), np.uint8).astype(np.int32), ("a",), np.array([0]))
+    index = open_index(build(vectors=KEYS, stream=stream, entries=stream.entries(), tokenizer=bytewise.to_str()))
+    found = [answer(index, {"k": 1, "payloads": True}, [key[None]])[0]["payloads"][0][0] for key in KEYS]
+    lost = "\N{REPLACEMENT CHARACTER}"
+    assert [(payload["context"], payload["continuation"]) for payload in found] == [
+        ("a", "\u4f60b"),
+        (lost * 2, lost * 3),  # the decoder's way: one for each byte that cannot be read with the others
+        (lost * 3, lost * 2),
+        ("a\u4f60", "b"),
+    ]
 
 
 def test_long_text_is_cut_where_it_is_farthest_from_the_neighbour(build: Callable[..., Path]) -> None:
@@ -110,7 +127,7 @@ def test_long_text_is_cut_where_it_is_farthest_from_the_neighbour(build: Callabl
     index = open_index(build(vectors=vectors, stream=stream, entries=stream.entries(), tokenizer=long.to_str()))
     payload = answer(index, {"k": 1, "payloads": True}, [vectors[20:21]])[0]["payloads"][0][0]
     assert payload["tokens"] == list(range(5, 37)) and payload["split"] == 16
-    whole = long.decode(payload["tokens"][:16]), long.decode(payload["tokens"][16:])
+    whole = long.decode(payload["tokens"][:16]), " " + long.decode(payload["tokens"][16:])
     assert whole[0].endswith(payload["context"]) and whole[1].startswith(payload["continuation"])
     assert payload["document"] == "\u4f60" * (NAME_BYTES // 3)
     for text in (payload["context"], payload["continuation"]):

@@ -146,8 +146,8 @@ def test_the_kind_of_index_follows_its_size() -> None:
     assert [default_factory(count) for count in (1, 19_999, 20_000, 250_000)] == [
         "Flat",
         "Flat",
-        "IVF566,Flat",
-        "IVF2000,Flat",
+        "IVF141,Flat",
+        "IVF500,Flat",
     ]
 
 

@@ -209,7 +209,7 @@ def test_passages_tell_where_neighbours_stand(checkpoint: Callable[[str], Path],
                 wanted = [p.tokens.tolist() for p in opened.passages(ids[0]) if p is not None]
                 assert [passage["tokens"] for passage in body["passages"]] == wanted
                 texts = [" ".join(f"w{token}" for token in tokens) for tokens in wanted]
-                assert [" ".join((p["context"], p["continuation"])) for p in body["passages"]] == texts
+                assert [p["context"] + p["continuation"] for p in body["passages"]] == texts
 
     with_index(checkpoint(FAMILY), docs, body)
 

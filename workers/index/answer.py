@@ -14,9 +14,7 @@ from .store import BadQuery, OpenIndex, Passage
 CONTEXT = 16
 NAME_BYTES = 128
 TEXT_BYTES = 256
-MAX_PAYLOADS = (
-    1024  # hits whose payloads travel in one body: each below 1 KiB, 256 bytes of which are token ids and keys
-)
+MAX_PAYLOADS = 1024  # hits whose payloads travel in one body of 1 MiB: name, texts, 32 token ids, keys are below 1 KiB
 _FIELDS = ("k", "nprobe", "following", "payloads", "info")
 
 Reply = tuple[dict[str, Any], list[NDArray[Any]]]
@@ -84,9 +82,21 @@ def _map(passage: Passage | None, tokenizer: Tokenizer | None) -> dict[str, Any]
         "tokens": tokens,
     }
     if tokenizer is not None:
-        found["context"] = _cut(tokenizer.decode(tokens[: passage.split]), slice(-TEXT_BYTES, None))
-        found["continuation"] = _cut(tokenizer.decode(tokens[passage.split :]), slice(TEXT_BYTES))
+        context, continuation = _texts(tokens, passage.split, tokenizer)
+        found["context"] = _cut(context, slice(-TEXT_BYTES, None))
+        found["continuation"] = _cut(continuation, slice(TEXT_BYTES))
     return found
+
+
+def _texts(tokens: list[int], split: int, tokenizer: Tokenizer) -> tuple[str, str]:
+    """Both parts; joined they are the window's text, unless the split falls inside a character.
+
+    Decoded alone, the second part of many tokenizers would lose the space it begins with.
+    """
+    context, whole = tokenizer.decode(tokens[:split]), tokenizer.decode(tokens)
+    if whole.startswith(context):
+        return context, whole[len(context) :]
+    return context, tokenizer.decode(tokens[split:])
 
 
 def _cut(text: str, kept: slice) -> str:

@@ -39,12 +39,12 @@ async def build_datastore(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Manifest:
-    """Scores `documents` with `lm:<model>` over `client` and writes index, payloads, tokenizer and manifest to `out`.
+    """Scores `documents` with `lm:<model>` over `client` and writes the index directory `out`, atomically.
 
     An entry's key is the hidden state at the last layer's FFN input, its value the next token (kNN-LM, Khandelwal et
-    al., 2020); each token but a document's last is an entry once. `progress(stage, done, total)` hears of the stages
-    tokenize, score, train and fill, the last two from another thread. Raises OutputError, SourceError, RalmqError,
-    OSError.
+    al., 2020); each token but a document's last is an entry once. The directory carries `tokenizer`, so that the index
+    can give its passages as text. `progress(stage, done, total)` hears of the stages tokenize, score, train and fill,
+    the last two from another thread. Raises OutputError, SourceError, RalmqError, OSError.
     """
     check_name(name)
     check_replaceable(out, OWN_FILES)

@@ -223,16 +223,17 @@ class Last:
         found = sequence.answers.pop(sequence.due(position))
         distances = found.distances if sequence.metric == "l2" else -found.distances
         values = found.following[:, retrieval.staleness]
-        p = probabilities(logits[None])[0]
         try:
+            p = probabilities(logits[None])[0]
             neighbours = knn_distribution(distances, values, len(p), retrieval.knn_temperature)
-        except ValueError as error:  # tokens of another vocabulary: this row alone fails
+            p = mix(p, *neighbours, retrieval.knn_lambda)
+            token = choose(p, sequence.sampling, position)
+        except Exception as error:  # such as neighbours of another vocabulary: this row alone fails
             del self._sequences[sequence.key]
-            outcome.sent.append((Error(WorkerFailed.code, f"index {retrieval.index}: {error}"), sequence.key, 0))
+            said = f"index {retrieval.index}: {error}"[:2000]
+            outcome.sent.append((Error(WorkerFailed.code, said), sequence.key, 0))
             outcome.returns.append(Return(*sequence.key, -1, True))
             return
-        p = mix(p, *neighbours, retrieval.knn_lambda)
-        token = choose(p, sequence.sampling, position)
         log_p = log_prob(p, token) if sequence.sampling.logprobs else None
         self._took(sequence, position, token, log_p, found, outcome)
 
