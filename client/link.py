@@ -197,6 +197,7 @@ class Link:
             return
         self._timer = self._loop.call_later(self._interval if self._known else HELLO_AGAIN, self._announce)
         if self._wire.blocked:
+            self._wire.nudge()
             return  # the one before has not left yet
         if self._known:
             self.send(self._beat())

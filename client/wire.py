@@ -71,6 +71,10 @@ class Wire:
             self._waiting.append(frames)
         self._pump_soon()
 
+    def nudge(self) -> None:
+        """Tries again what waits, whether or not the socket has told that it takes more."""
+        self._pump_soon()
+
     def forget(self) -> None:
         """Drops what is kept: it was meant for a broker that is no more."""
         self._waiting.clear()

@@ -64,9 +64,6 @@ class Plan:
 
 # The weight that predicts best leaves much to the model; to see what retrieval knows, a text leans on it.
 LEANING = {"knn_lambda": 0.9, "knn_temperature": 3.0}
-MANY = (
-    40_000  # vectors, from which on an inverted file of 512 lists is trained in a second and searched in a millisecond
-)
 SHOWN = 4  # documents
 
 

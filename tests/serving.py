@@ -1,7 +1,9 @@
 """Real processes and polls for tests: `python -m ralmq ...` started, stopped, killed. Knows no test."""
 
 import asyncio
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -17,10 +19,15 @@ PATIENCE = 30.0  # seconds after which a poll gives up; no test measures time by
 
 
 def free_url() -> str:
-    """An address that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    """An address that nobody listens on now, below the ports that the kernel gives to outgoing connections.
+
+    One of those could be taken by a client before its broker binds it; a client that tries it could even meet itself.
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = random.randrange(10_000, 32_000)
+            probe.bind(("127.0.0.1", port))
+            return f"tcp://127.0.0.1:{port}"
 
 
 async def until(condition: Callable[[], Any], what: str = "it", within: float = PATIENCE) -> None:

@@ -282,3 +282,14 @@ def test_status_lists_pipelines_and_what_their_stages_do(broker: Broker) -> None
     broker.ask("client", "lm:m", "a")
     broker.say("s1", Bye())
     assert broker.worker("s1")["state"] == "draining"
+
+
+def test_a_leader_that_survives_its_pipeline_has_all_its_credit_again(broker: Broker) -> None:
+    pair(broker)
+    for name in ("a", "b"):
+        broker.ask("client", "lm:m", name)
+    broker.say("client", Cancel(), "a")  # not acknowledged yet
+    broker.lost("s1")
+    assert broker.worker("s0")["in_flight"] == 0
+    assert broker.say("s0", Error("cancelled"), "a") == []
+    assert broker.worker("s0")["in_flight"] == 0 and broker.count("fenced") == 1

@@ -14,7 +14,7 @@ from ralmq.schema.frame import PREFIX
 from ralmq.schema.limits import VERSION
 from ralmq.schema.message import Beat, Bye, Cancel, Credit, Error, Final, Gone, Hello, Partial, Request, Welcome
 from ralmq.workers.host import Host
-from serving import until
+from serving import PATIENCE, free_url, until
 from workers_for_tests import Count, Gate
 
 
@@ -48,6 +48,17 @@ async def test_hello_is_repeated_until_welcome_comes() -> None:
         await fake.receive(Cancel)
         await client.__aexit__(None, None, None)
         await fake.receive(Bye)
+
+
+async def test_a_broker_that_comes_late_finds_one_hello() -> None:
+    url = free_url()
+    opening = asyncio.create_task(ralmq.connect(url, wait=30).__aenter__())
+    await asyncio.sleep(1.6)  # several times as long as until HELLO would be repeated
+    with FakeBroker(url=url) as fake:
+        await until(fake.arrived)
+        assert len(fake.taken()) == 1
+        fake.send(Welcome())
+        await (await opening).__aexit__(None, None, None)
 
 
 async def test_beats_are_sent_at_the_interval_that_the_broker_sets() -> None:
@@ -204,13 +215,14 @@ async def test_a_worker_that_drains_does_not_announce_itself_again() -> None:
         await opening
         fake.send(Request("gate"), id=b"r" * 16)
         await until(lambda: gate.begun == 1)
-        draining = asyncio.create_task(host.drain())
+        draining = asyncio.create_task(host.drain(within=3600))
         await fake.receive(Bye)
         for _ in range(3):
             _, beat = await fake.receive(Beat)  # it still works, and says so
             assert beat.busy == 1 and beat.active == ((b"r" * 16, 0),)
         fake.send(Gone())  # but nobody waits for it any more
-        await draining
+        async with asyncio.timeout(PATIENCE):
+            await draining
         assert gate.cancelled == 1
         fake.hold_up()
         assert not [message for _, message in fake.arrived() if isinstance(message, Hello)]

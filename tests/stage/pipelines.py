@@ -59,13 +59,15 @@ class Cluster:
             gauges = await self.gauges()
             zero = all(not g["in_flight"] and not g.get("sequences") and not g.get("answering") for g in gauges)
             free = [g["free_blocks"] for g in gauges if "free_blocks" in g]
-            return zero and sorted(free) == sorted(whole)
+            return zero and sorted(free) == sorted(whole) and not any(host._jobs for host in self.hosts)
 
         await until(calm, "an idle cluster")
         for host in self.hosts:
             if isinstance(host.worker, Stage):
                 last = host.worker._runner.last
                 assert last is None or not last._sequences
+                leader = host.worker._leader
+                assert leader is None or leader.flying == 0
 
 
 @asynccontextmanager

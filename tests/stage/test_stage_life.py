@@ -242,6 +242,32 @@ def test_a_spare_takes_the_place_of_a_lost_stage(place: int, checkpoint: Callabl
 
 
 @pytest.mark.parametrize("place", [0, 1])
+def test_what_was_computed_for_a_pipeline_that_is_over_is_dropped(
+    place: int, checkpoint: Callable[[str], Path]
+) -> None:
+    """A stage is busy while the pipeline is formed anew around it: its late results belong to nobody."""
+
+    async def body(running: Cluster, members: list[Stage]) -> None:
+        before = await generated(running.client, PROMPT, max_tokens=30)
+        brake = Brake(members[place])
+        streams = [lm(running.client, prompt, max_tokens=30, ignore_eos=True) for prompt in prompts(3)]
+        await until(lambda: phases(members[0]) == [Phase.FLYING] * 3 and (place == 0 or members[1]._waiting >= 2))
+        leader = members[0]._leader
+        await running.kill(members[2])
+        for stream in streams:
+            with pytest.raises(WorkerLost):
+                await anext(stream)
+        await running.add(Stage(model=str(checkpoint(FAMILY)), stage="2/3", name=MODEL))
+        await until(lambda: members[0]._leader not in (None, leader))
+        asked = asyncio.create_task(generated(running.client, PROMPT, max_tokens=30))
+        await until(lambda: phases(members[0]) == [Phase.FLYING])
+        brake.release()
+        assert (await asked).tokens == before.tokens
+
+    served(checkpoint(FAMILY), 3, body)
+
+
+@pytest.mark.parametrize("place", [0, 1])
 def test_a_stage_that_returns_completes_the_pipeline_again(place: int, checkpoint: Callable[[str], Path]) -> None:
     """Twice; in between requests wait, or fail at their deadline, and the status names the layers that are missing."""
 

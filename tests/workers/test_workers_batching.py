@@ -178,7 +178,7 @@ async def test_closing_a_worker_ends_its_batch() -> None:
     sums.gate = asyncio.Event()
     async with cluster(sums) as here:
         asking = asyncio.create_task(ask(here, 6))
-        await until(lambda: max(here.in_flight().values(), default=0) == 6)
+        await until(lambda: sums.sizes == [4] and max(here.in_flight().values()) == 6)
         await here.hosts[0].close()
         assert [type(reply) for reply in await asking] == [errors.WorkerLost] * 6
         assert sums.cancelled == 1

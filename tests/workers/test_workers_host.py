@@ -11,7 +11,7 @@ from ralmq import errors
 from ralmq.broker.limits import Limits
 from ralmq.workers.base import Answer, Request
 from ralmq.workers.host import Host
-from serving import free_url, until
+from serving import PATIENCE, free_url, until
 
 
 class Life(ralmq.Worker):
@@ -237,7 +237,8 @@ async def test_drain_ends_when_the_broker_is_gone() -> None:
         task = asyncio.create_task(client.request("deep", deadline=1))
         await until(lambda: deep.begun == 1)
         await here.stop()
-        await here.hosts[0].drain()
+        async with asyncio.timeout(PATIENCE):
+            await here.hosts[0].drain(within=3600)
         assert deep.ended == ["CancelledError"]
         with pytest.raises(errors.DeadlineExceeded):
             await task
