@@ -55,22 +55,27 @@ def _joined(before: str, line: str) -> str:
     return f"{before}\n{line[1:]}" if before else line[1:]
 
 
-def misplaced(mutants: list[Mutant]) -> list[str]:
+def misplaced(mutants: list[Mutant], origin: Path) -> list[str]:
     """Names of the faults whose place is not found exactly once."""
-    counts = {mutant: (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) for mutant in mutants}
+    counts = {mutant: (origin / mutant.file).read_text(encoding="utf-8").count(mutant.old) for mutant in mutants}
     return [f"{mutant.name} ({mutant.file}): found {count} times" for mutant, count in counts.items() if count != 1]
 
 
-def found_by(mutant: Mutant | None, rings: tuple[str, ...], seeds: int) -> str:
+def copied(package: Path) -> None:
+    """Schema and broker as they are now, whatever is edited while this runs."""
+    package.mkdir()
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, package / name)
+
+
+def found_by(mutant: Mutant | None, origin: Path, rings: tuple[str, ...], seeds: int) -> str:
     """The first test that fails with the fault in place; empty where all pass."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "ralmq"
-        package.mkdir()
-        for name in COPIED:
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(ROOT / name, package / name)
+        shutil.copytree(origin, package)
         if mutant is not None:
             target = package / mutant.file
             target.write_text(target.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
@@ -100,19 +105,26 @@ def main() -> int:
     options = parser.parse_args()
     mutants = read((TESTS / "mutants.txt").read_text(encoding="utf-8"))
     mutants = [mutant for mutant in mutants if options.only in f"{mutant.file} {mutant.name}"]
-    lost = misplaced(mutants)
-    if lost or not mutants:
-        print("the source has changed, mend mutants.txt:", *lost or ["no such fault"], sep="\n  ")
-        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        origin = Path(folder) / "ralmq"
+        copied(origin)
+        lost = misplaced(mutants, origin)
+        if lost or not mutants:
+            print("the source has changed, mend mutants.txt:", *lost or ["no such fault"], sep="\n  ")
+            return 2
+        return _all(mutants, origin, options)
+
+
+def _all(mutants: list[Mutant], origin: Path, options: argparse.Namespace) -> int:
     rings = {folder: (options.ring,) if options.ring else ring for folder, ring in RINGS.items()}
     for folder in {mutant.file.split("/")[0] for mutant in mutants}:
-        if failed := found_by(None, rings[folder], options.seeds):
+        if failed := found_by(None, origin, rings[folder], options.seeds):
             print(f"without any fault {failed} fails: mend that first")
             return 2
     started = time.monotonic()
     survivors = 0
     for mutant in mutants:
-        test = found_by(mutant, rings[mutant.file.split("/")[0]], options.seeds)
+        test = found_by(mutant, origin, rings[mutant.file.split("/")[0]], options.seeds)
         survivors += not test
         print(f"{'dead' if test else 'ALIVE':6} {mutant.file:21} {mutant.name:45} {test}", flush=True)
     print(f"{len(mutants)} faults, {survivors} survive, {time.monotonic() - started:.0f} s")

@@ -1,6 +1,8 @@
 """The broker, or the connection to it, goes and comes back: everyone is back by itself, nothing hangs or doubles."""
 
 import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 import ralmq
@@ -38,6 +40,25 @@ async def test_a_broker_that_is_restarted_gets_everyone_back() -> None:
             await here.idle()
             assert len(here.server.core.roster.peers) == 4
         assert (safe.ended, unsafe.ended, unsafe.begun) == (3, 0, 3)
+
+
+async def test_ipc_as_well(tmp_path: Path) -> None:
+    url = f"ipc://{tmp_path}/broker"
+    host = Host(Echo(), url)
+    opening = asyncio.create_task(host.open(wait=30))
+    async with AsyncExitStack() as stack:
+        server = Server(url, limits=PACE)
+        await server.__aenter__()
+        client = await stack.enter_async_context(ralmq.connect(url, wait=30))
+        await opening
+        for number in range(3):
+            assert (await client.request("echo", {"n": number}, wait_service=30)).body == {"n": number}
+            await server.__aexit__()
+            server = Server(url, limits=PACE)
+            await server.__aenter__()
+        assert (await client.request("echo", {"n": 9}, wait_service=30)).body == {"n": 9}
+        await host.drain()
+    await server.__aexit__()
 
 
 async def test_a_stream_goes_on_over_a_restart_without_gap_or_repeat() -> None:

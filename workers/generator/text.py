@@ -8,6 +8,7 @@ from ...schema.errors import Refused
 
 CONTEXT = 8  # tokens before the next one that its text may depend on
 LONGEST = 4 * CONTEXT  # tokens that are decoded at a time
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands for bytes that are no character
 
 
 class Detokenizer:
@@ -19,29 +20,40 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(prompt[-CONTEXT:])
-        self._given = self._decode()
+        self._ids = self._recent(list(prompt))
+        self._given = self._decode(self._ids)
 
     def push(self, token: int) -> str:
         """What this token adds to the text; empty where a character is not complete yet."""
         self._ids.append(token)
-        text = _settled(self._decode())
+        whole = self._decode(self._ids)
+        text = _settled(whole)
+        full = len(self._ids) > LONGEST and (text == whole or len(self._ids) > 2 * LONGEST)
+        if whole.endswith(UNKNOWN) and not text.startswith(self._given) and not full:
+            return ""  # some tokenizers show all of a run of bytes as broken while its last character is open
         new = _behind(self._given, text)
         if new:
             self._given = text
-        if len(self._ids) > LONGEST:
-            self._ids = self._ids[-CONTEXT:]
-            self._given = _settled(self._decode())
+        if full:
+            self._ids = self._recent(self._ids)
+            self._given = _settled(self._decode(self._ids))
         return new
 
     def flush(self) -> str:
         """What the last tokens give although a character of theirs was never completed."""
-        text = self._decode()
+        text = self._decode(self._ids)
         new, self._given = _behind(self._given, text), text
         return new
 
-    def _decode(self) -> str:
-        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+    def _recent(self, ids: list[int]) -> list[int]:
+        """The last tokens, from the beginning of a character on."""
+        for size in range(CONTEXT, CONTEXT + 4):
+            if not self._decode(ids[-size:]).startswith(UNKNOWN):
+                return ids[-size:]
+        return ids[-CONTEXT:]
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
 
@@ -56,7 +68,7 @@ def _behind(given: str, text: str) -> str:
 def _settled(text: str) -> str:
     """A text without the end that may still become another character."""
     end = len(text)
-    while end > max(0, len(text) - 3) and text[end - 1] == "\N{REPLACEMENT CHARACTER}":
+    while end > max(0, len(text) - 3) and text[end - 1] == UNKNOWN:
         end -= 1
     return text[:end]
 
