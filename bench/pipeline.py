@@ -4,16 +4,14 @@ The clusters run at once and are measured in turn, many short rounds over, so th
 alike; a ratio is the median over the rounds of the ratio within a round.
 """
 
-import argparse
 import asyncio
-import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +19,7 @@ from rich.table import Table
 
 from ..client.client import Client, connect
 from ..cluster.local import local_cluster
-from ..schema.errors import RalmqError
+from .command import run
 
 STAGES = (1, 2, 3)
 SEQUENCES = (1, 4, 16)
@@ -50,9 +48,7 @@ async def generated(client: Client, model: str, sequences: int, tokens: int, **o
     return made / (time.perf_counter() - begun)
 
 
-async def bench(
-    model: str = "demo", *, quick: bool = False, progress: Callable[[int, int], None] = lambda done, of: None
-) -> list[Row]:
+async def bench(model: str = "demo", *, quick: bool = False) -> list[Row]:
     """Measures; about a minute, or 20 s where `quick`.
 
     Raises:
@@ -66,10 +62,9 @@ async def bench(
             cluster = await stack.enter_async_context(local_cluster(model=model, stages=stages))
             clients[stages] = await stack.enter_async_context(connect(cluster.url))
             await generated(clients[stages], model, 2, 8)  # the first steps allocate
-        for number in range(rounds):
-            for place, (stages, sequences) in enumerate(rates):
+        for _ in range(rounds):
+            for stages, sequences in rates:
                 rates[stages, sequences].append(await generated(clients[stages], model, sequences, tokens))
-                progress(number * len(rates) + place + 1, rounds * len(rates))
     return [
         Row(
             stages,
@@ -93,21 +88,8 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`ralmq bench pipeline [--quick] [--json]`: exit code 0, or 1 where it failed."""
-    parser = argparse.ArgumentParser(prog="ralmq bench pipeline")
-    parser.add_argument("--quick", action="store_true", help="20 seconds, rougher")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    options = parser.parse_args(arguments)
-    try:
-        rows = asyncio.run(bench(quick=options.quick))
-    except RalmqError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if options.json:
-        print(json.dumps({"bench": "pipeline", "cores": os.cpu_count(), "rows": [asdict(row) for row in rows]}))
-    else:
-        show(rows, Console())
-    return 0
+    """See command.run."""
+    return run("pipeline", lambda quick: bench(quick=quick), show, arguments)
 
 
 if __name__ == "__main__":

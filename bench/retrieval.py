@@ -3,16 +3,13 @@
 The index answers from random unit vectors: how fast it answers is measured here, not what it is good for.
 """
 
-import argparse
 import asyncio
-import json
-import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +19,10 @@ from rich.table import Table
 
 from ..client.client import Client, connect
 from ..cluster.local import local_cluster
-from ..schema.errors import RalmqError
 from ..workers.index.score import describe
 from ..workers.index.stream import TokenStream
 from ..workers.index.writer import write_index
+from .command import run
 from .pipeline import generated
 
 ENTRIES = 50_000
@@ -108,21 +105,8 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`ralmq bench retrieval [--quick] [--json]`: exit code 0, or 1 where it failed."""
-    parser = argparse.ArgumentParser(prog="ralmq bench retrieval")
-    parser.add_argument("--quick", action="store_true", help="shorter, rougher")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    options = parser.parse_args(arguments)
-    try:
-        rows = asyncio.run(bench(quick=options.quick))
-    except RalmqError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if options.json:
-        print(json.dumps({"bench": "retrieval", "cores": os.cpu_count(), "rows": [asdict(row) for row in rows]}))
-    else:
-        show(rows, Console())
-    return 0
+    """See command.run."""
+    return run("retrieval", lambda quick: bench(quick=quick), show, arguments)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..cluster.cluster import Cluster
 
 SUPERVISOR_LOG: Final = "supervisor.log"
-DOWN_WITHIN: Final = 30.0  # seconds; then the supervisor is killed, and its processes end with it
+DOWN_WITHIN: Final = 90.0  # seconds; then the supervisor is killed, and its processes end with it
 POLL: Final = 0.1
 Settings = dict[str, Any]  # the keyword arguments of local_cluster
 

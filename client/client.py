@@ -3,7 +3,6 @@
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +15,7 @@ from .generation import Generation, generation_request
 from .link import Link
 from .pending import WINDOW, Pending
 from .results import Hits, Reply
-from .search import hits_of, search_request
+from .search import hits_of, model_of, search_request, vectors_of
 
 REQUEST_DEADLINE = 30.0  # seconds
 GENERATION_DEADLINE = 600.0
@@ -39,10 +38,12 @@ class Stream:
         final: the body and tensors that ended it, once it has ended.
     """
 
-    def __init__(self, link: Link, ask: Callable[[], Pending], retries: int) -> None:
+    def __init__(self, link: Link, ask: Callable[[], Pending], retries: int, end: float) -> None:
         self._link = link
         self._ask = ask
         self._retries = retries
+        self._end = end
+        self._begun = False
         self._pending = ask()
         self.final: Reply | None = None
 
@@ -70,12 +71,14 @@ class Stream:
     async def _next(self) -> Partial | Final:
         while True:
             try:
-                return await self._pending.next()
+                part = await self._pending.next()
+                self._begun = True
+                return part
             except Busy as busy:
-                if not self._retries:
+                if self._begun or not self._retries:  # a worker that is busy amid an answer is not asked again
                     raise
                 self._retries -= 1
-                await pause(busy)
+                await _pause(busy, self._end)
                 self._pending = self._ask()
 
     async def aclose(self) -> None:
@@ -105,9 +108,16 @@ def _end(deadline: float) -> float:
     return asyncio.get_running_loop().time() + deadline
 
 
-async def pause(busy: Busy) -> None:
-    """Waits until a resend is expected to find room; a little more, so that those who wait do not come at once."""
-    await asyncio.sleep(busy.retry_after * random.uniform(1.0, 1.1))
+async def _pause(busy: Busy, end: float) -> None:
+    """Waits until a resend is expected to find room; a little more, so that those who wait do not come at once.
+
+    Raises:
+        Busy: that would be after the end of the call.
+    """
+    seconds = busy.retry_after * random.uniform(1.0, 1.1)
+    if asyncio.get_running_loop().time() + seconds >= end:
+        raise busy
+    await asyncio.sleep(seconds)
 
 
 class Client:
@@ -169,10 +179,10 @@ class Client:
                     pass  # a service that streams, asked for its end alone
                 return Reply(part.body, tuple(part.tensors))
             except Busy as busy:
-                if not retries or loop.time() + busy.retry_after >= end:
+                if not retries:
                     raise
                 retries -= 1
-                await pause(busy)
+                await _pause(busy, end)
             finally:
                 self._link.cancel(pending)
 
@@ -209,7 +219,7 @@ class Client:
                 wait_service=wait_service,
             )
 
-        return Stream(self._link, ask, retries)
+        return Stream(self._link, ask, retries, end)
 
     def generate(
         self,
@@ -264,12 +274,20 @@ class Client:
             nprobe: lists of an IVF index to look at; None for the index's own default.
             payloads: also what the index knows of each neighbour; leave it out for thousands of neighbours.
         """
-        ask = partial(self.request, deadline=deadline, wait_service=wait_service, retries=retries)
+        loop = asyncio.get_running_loop()
+        end = _end(deadline)
+
+        async def ask(service: str, body: dict[str, Any], tensors: Sequence[Any] = ()) -> Reply:
+            left = max(0.001, end - loop.time())
+            return await self.request(
+                service, body, tensors=tensors, deadline=left, wait_service=wait_service, retries=retries
+            )
+
         if isinstance(query, str):
-            info = (await ask(f"search:{index}", {"info": True})).body
-            query = (await ask(f"embed:{info['model']}", {"texts": [query]})).tensors[0].numpy()
+            info = await ask(f"search:{index}", {"info": True})
+            query = vectors_of(await ask(f"embed:{model_of(info)}", {"texts": [query]}))
         body, tensors = search_request(query, k, nprobe, payloads)
-        return hits_of(await ask(f"search:{index}", body, tensors=tensors))
+        return hits_of(await ask(f"search:{index}", body, tensors))
 
     async def status(self, *, deadline: float = REQUEST_DEADLINE) -> dict[str, Any]:
         """Broker, workers, services and pipelines, as plain data."""

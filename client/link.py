@@ -4,6 +4,7 @@ A worker is a link that also serves: it announces an offer and takes the message
 """
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from ..schema.message import Final as End
 from .pending import Pending
 from .wire import Wire
 
+log = logging.getLogger("ralmq.link")
 LATE: Final = 0.05  # seconds that the broker's own deadline error may take to arrive
 HELLO_AGAIN: Final = 0.5
 
@@ -87,8 +89,8 @@ class Link:
         self._ready = self._loop.create_future()
         self._leaving, self._left = False, None
         self._wire = Wire(self.url, self._received, self._lost, self._context)
-        self._announce()
         try:
+            self._announce()
             await asyncio.wait_for(self._ready, None if wait == float("inf") else wait)
         except TimeoutError:
             self.close()
@@ -199,10 +201,14 @@ class Link:
         if self._wire.blocked:
             self._wire.nudge()
             return  # the one before has not left yet
-        if self._known:
-            self.send(self._beat())
-        else:
+        if not self._known:
             self._wire.send(encode(self.hello))
+            return
+        try:
+            self.send(self._beat())
+        except Exception:  # of a worker's own beat(): without any BEAT it would be taken for hung
+            log.exception("%s cannot say how it is: a plain BEAT is sent", self.hello.name)
+            self.send(Beat())
 
     def _received(self, frames: list[Any]) -> None:
         try:
@@ -265,13 +271,23 @@ class Link:
             return
         if not self._known or prefix.epoch != self.epoch:
             self._refused(error)
+        elif prefix.kind == Kind.STEP:
+            log.error("%s leaves its pipeline: a STEP cannot be read (%s)", self.hello.name, error.message)
+            self._renew()
         elif prefix.kind == Kind.REQUEST:
             self.send(Error(error.code, error.message), id=prefix.id, attempt=prefix.attempt)
         elif (pending := self._asked.get(prefix.id)) is not None and prefix.attempt == pending.attempt:
             text = f"the answer cannot be read: {error.message}"
             self.cancel(pending, WorkerFailed(text, request_id=pending.id))
 
+    def _renew(self) -> None:
+        """Announces this peer as another: the broker ends what the old one had in hand, with an answer for each."""
+        self.hello = replace(self.hello, nonce=os.urandom(16))
+        self._lost()
+
     def _refused(self, error: RalmqError) -> None:
-        """What the broker says of HELLO itself ends `open`; other refusals without a request have no one to tell."""
+        """What the broker says of HELLO itself ends `open`; later there is no one to tell but the log."""
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(error)
+        else:
+            log.warning("%s: the broker refuses what is sent: %s", self.hello.name, error.message)

@@ -16,6 +16,29 @@ def search_request(vectors: Any, k: int, nprobe: int | None, payloads: bool) -> 
     return (body if nprobe is None else {**body, "nprobe": nprobe}), [vectors]
 
 
+def model_of(info: Reply) -> str:
+    """The model that made an index's vectors, by what the index says of itself.
+
+    Raises:
+        WorkerFailed: it names none.
+    """
+    model = info.body.get("model")
+    if not isinstance(model, str) or not model:
+        raise WorkerFailed("the index does not say which model made it: search it with vectors")
+    return model
+
+
+def vectors_of(reply: Reply) -> Any:
+    """The vectors [texts, d] that an `embed` service answered with.
+
+    Raises:
+        WorkerFailed: there are none.
+    """
+    if len(reply.tensors) != 1:
+        raise WorkerFailed("the embedding answered without vectors: is another program serving its name?")
+    return reply.tensors[0].numpy()
+
+
 def hits_of(reply: Reply) -> Hits:
     """The reply of an index as arrays.
 

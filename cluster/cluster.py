@@ -13,13 +13,14 @@ from typing import Any, Final, Self
 
 from ..client.client import connect
 from ..schema.errors import DeadlineExceeded, Refused
+from ..workers.host import CLEAN_UP, DRAIN
 from .child import Child, Lifeline
 
 LOOPBACK: Final = "tcp://127.0.0.1:*"  # any free port
 STARTED: Final = "broker at "  # what a broker says once it is bound, followed by its address
 POLL: Final = 0.05
-READY_WITHIN: Final = 120.0
-GRACE: Final = 5.0  # seconds that a process has for its drain
+READY_WITHIN: Final = 600.0  # a large model takes long to load; a process that fails ends the wait at once
+GRACE: Final = DRAIN + 2 * CLEAN_UP  # seconds that a process has for its drain
 
 
 class Cluster:

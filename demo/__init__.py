@@ -1,1 +1,1 @@
-"""."""
+"""The embedded checkpoint, how it was trained, and what `ralmq demo` runs."""

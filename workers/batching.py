@@ -72,7 +72,7 @@ class Batcher:
 
     async def _serve(self, batch: Waiting) -> None:
         self._served = batch
-        self._call = asyncio.ensure_future(self._worker.handle_batch(list(batch.values())))
+        self._call = asyncio.ensure_future(self._handled(list(batch.values())))
         await asyncio.wait([self._call])
         for future, answer in zip(batch, self._answers(self._call, len(batch)), strict=True):
             if future.done():
@@ -81,6 +81,10 @@ class Batcher:
                 future.set_exception(answer)
             else:
                 future.set_result(answer)
+
+    async def _handled(self, requests: list[Request]) -> Any:
+        """In a coroutine of its own, so that whatever a `handle_batch` raises, async or not, is an answer."""
+        return await self._worker.handle_batch(requests)
 
     def _answers(self, call: asyncio.Task[Any], count: int) -> list[Answer]:
         """What the worker returned, or its failure once for each request."""

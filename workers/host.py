@@ -11,7 +11,7 @@ import zmq
 
 from ..client.client import Client
 from ..client.link import Link
-from ..schema.errors import Malformed, RalmqError, RequestCancelled, WorkerFailed
+from ..schema.errors import Malformed, RalmqError, Refused, RequestCancelled, WorkerFailed
 from ..schema.frame import Prefix
 from ..schema.limits import MAX_ACTIVE
 from ..schema.message import Active, Beat, Cancel, Credit, Error, Gone, Hello, Partial, Release
@@ -84,6 +84,8 @@ class Host:
             raise
 
     async def _announce(self, wait: float) -> None:
+        if not self.worker.services and self.worker.span is None:
+            raise Refused(f'{type(self.worker).__name__} serves nothing: give the class a `service = "name"`')
         hello = Hello(
             bytes(16),
             self._kind,

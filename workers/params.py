@@ -31,8 +31,8 @@ class Checked(BaseModel):
             raise Refused(f"{place}: {first['msg']}") from None
 
 
-class Retrieval(Checked):
-    """kNN-LM retrieval in the loop (Khandelwal et al., 2020), see docs/request.md.
+class Neighbours(Checked):
+    """How kNN-LM retrieves in the loop (Khandelwal et al., 2020), see docs/request.md.
 
     Attributes:
         interval: retrieve at new-token positions 0, interval, 2 x interval ...
@@ -43,7 +43,6 @@ class Retrieval(Checked):
         passages: send what was retrieved along with the tokens.
     """
 
-    index: str
     k: int = Field(default=8, ge=1, le=1024)
     nprobe: int | None = Field(default=None, ge=1)
     interval: int = Field(default=1, ge=1)
@@ -53,23 +52,34 @@ class Retrieval(Checked):
     passages: bool = False
 
 
-class Task(Checked):
+class Retrieval(Neighbours):
+    """Which index is asked, and how."""
+
+    index: str
+
+
+class Sampling(Checked):
+    """How tokens are chosen, and when they end."""
+
+    max_tokens: int = Field(default=64, ge=1, le=MAX_TOKENS)
+    temperature: float = Field(default=0.0, ge=0.0, le=1e3, allow_inf_nan=False)
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    ignore_eos: bool = False
+    logprobs: bool = False
+
+
+class Task(Sampling):
     """The body of a request to `lm:<model>`; its one tensor holds the prompt, int32 [n].
 
     Attributes:
         mode: "generate", or "score": hidden states and log-probabilities of the prompt itself.
         prompt: tokens of the original prompt, where the tensor also holds tokens generated before (a replay).
-        eos: whether the checkpoint's own end-of-text ids end the text.
+        stop_ids: token ids that end the text, beside the checkpoint's own.
     """
 
     mode: Literal["generate", "score"] = "generate"
-    max_tokens: int = Field(default=64, ge=1, le=MAX_TOKENS)
-    temperature: float = Field(default=0.0, ge=0.0, le=1e3, allow_inf_nan=False)
-    top_k: int = Field(default=0, ge=0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     stop_ids: tuple[int, ...] = Field(default=(), max_length=64)
-    ignore_eos: bool = False
-    logprobs: bool = False
     prompt: int | None = Field(default=None, ge=1)
     retrieve: Retrieval | None = None

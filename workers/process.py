@@ -41,6 +41,7 @@ async def _run(worker: Worker, url: str, name: str, wait: float) -> None:
         loop.add_signal_handler(number, stopped)
     if os.environ.get(PARENT_PIPE):
         watch_parent(int(os.environ[PARENT_PIPE]), lambda: loop.call_soon_threadsafe(stop.set))
+    print(f"{name or type(worker).__name__.lower()} starts, for the broker at {url}", file=sys.stderr, flush=True)
     opening = loop.create_task(host.open(wait))
     stopping = loop.create_task(stop.wait())
     await asyncio.wait([opening, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -35,6 +35,15 @@ def test_a_deadline_ends_a_request_that_waits(broker: Broker) -> None:
     assert "no worker of echo was free in time" in error.message.message
 
 
+def test_each_deadline_has_its_own_moment(broker: Broker) -> None:
+    broker.hello("w", "echo", capacity=9)
+    for n in range(5):
+        broker.ask("client", "echo", f"r{n}", deadline=0.2 + n / 10)
+    ends = [when for when, out in broker.wait(1.0) if out.to == "client"]
+    assert len(ends) == 5
+    assert all(0.2 + n / 10 - 1e-6 <= when <= 0.2 + n / 10 + LATE for n, when in enumerate(ends))
+
+
 def test_an_answer_in_time_ends_the_deadline(broker: Broker) -> None:
     broker.hello("w", "echo")
     broker.ask("client", "echo", "a", deadline=0.2)

@@ -63,7 +63,7 @@ class Oracle:
         for key, frames in sent:
             prefix = read_prefix(frames[0])
             if prefix.kind in (Kind.FINAL, Kind.ERROR):
-                self._answered(key, prefix, frames)
+                self._answered(now, key, prefix, frames)
             elif prefix.kind == Kind.REQUEST:
                 self._given(core, key, prefix)
             elif prefix.kind == Kind.FORM:
@@ -97,7 +97,7 @@ class Oracle:
             self.live[prefix.id] = Live(asker, prefix.attempt, deadline)
             self.fresh = (prefix.id, prefix.attempt)
 
-    def _answered(self, key: bytes, prefix: Prefix, frames: list[Any]) -> None:
+    def _answered(self, now: float, key: bytes, prefix: Prefix, frames: list[Any]) -> None:
         live = self.live.get(prefix.id)
         name = f"{prefix.id.hex()[:6]}/{prefix.attempt}"
         holds(live is not None, f"{name} was answered twice, or never asked")
@@ -106,6 +106,7 @@ class Oracle:
         holds(live.attempt == prefix.attempt, f"{name} was answered, attempt {live.attempt} is under way")
         del self.live[prefix.id]
         code = decode(frames)[1].code if prefix.kind == Kind.ERROR else "final"
+        holds(code != "deadline" or now >= live.deadline - 1e-6, "was ended before its deadline", prefix.id)
         self.tally[code] = self.tally.get(code, 0) + 1
         if self.fresh != (prefix.id, prefix.attempt) or code not in AT_THE_DOOR:
             self.attempts[prefix.id] = prefix.attempt

@@ -48,7 +48,7 @@ def test_wrong_requests_are_refused_before_any_computation(checkpoint: Callable[
         ({"temperature": float("nan")}, [ids], "temperature: "),
         ({"top_p": 0.0}, [ids], "top_p: "),
         ({"seed": -1}, [ids], "seed: "),
-        ({"colour": 1}, [ids], "unknown option colour: there are mode, max_tokens"),
+        ({"colour": 1}, [ids], "unknown option colour: there are max_tokens, temperature"),
         ({"retrieve": {"k": 3}}, [ids], "retrieve.index: Field required"),
         ({"retrieve": {"index": "i", "interval": 0}}, [ids], "retrieve.interval: "),
         ({"retrieve": {"index": "i", "staleness": 8}}, [ids], "retrieve.staleness: "),

@@ -41,6 +41,7 @@ class Span:
         self.dtype = dtype
         self.device = device
         self.bytes = 0  # of weights
+        self.computed = 0  # layers, and times that the head was used; to be read while a step runs
         self.embedding: Tensor | None = None
         self.positions: Tensor | None = None
         self.final_norm: Map | None = None
@@ -145,6 +146,7 @@ class Span:
         entered = hidden
         for layer, block in enumerate(self._blocks):
             hidden, entered = block(hidden, step, self._cache, layer)
+            self.computed += 1
         return (hidden, entered) if ffn_input else hidden
 
     @torch.inference_mode()
@@ -154,4 +156,5 @@ class Span:
             raise ValueError(f"layers {self.first}:{self.last} hold no head; only the last span has it")
         if want is not None:
             hidden = hidden[torch.as_tensor(want, dtype=torch.long, device=hidden.device)]
+        self.computed += 1
         return self.output(self.final_norm(hidden)).float()

@@ -6,7 +6,6 @@ Knows the shape of that conversation; no torch, no faiss.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from ...client.client import Client
 from ...client.results import Reply
-from ...schema.errors import Busy, Refused, WorkerFailed
+from ...schema.errors import Refused, WorkerFailed
 from .progress import Progress, silent
 from .stream import TokenStream
 from .windows import Window, windows
@@ -123,22 +122,12 @@ class _Answer:
 
 
 async def _ask(client: Client, model: str, ids: NDArray[np.int32]) -> _Answer:
-    """The answer for one window, asked again after Busy."""
-    for left in reversed(range(_RESENDS + 1)):
-        try:
-            return await _ask_once(client, model, ids)
-        except Busy as busy:
-            if not left:
-                raise
-            await asyncio.sleep(busy.retry_after * random.uniform(1.0, 1.1))
-    raise AssertionError("the loop returns or raises")
-
-
-async def _ask_once(client: Client, model: str, ids: NDArray[np.int32]) -> _Answer:
     """One window: n + 1 ids out, n rows back in chunks that may come in any order but each position once."""
     count = len(ids) - 1
     chunks: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-    async with client.stream(f"lm:{model}", {"mode": "score"}, tensors=[ids], deadline=_DEADLINE) as parts:
+    async with client.stream(
+        f"lm:{model}", {"mode": "score"}, tensors=[ids], deadline=_DEADLINE, retries=_RESENDS
+    ) as parts:
         async for part in parts:
             position, rows = part.body.get("position"), _rows(part)
             if type(position) is not int or position in chunks:

@@ -46,4 +46,11 @@ class Index(Worker):
         """See `answer`. The search runs beside the loop, so that beats and other requests go on."""
         assert self._index is not None
         arrays = [tensor.numpy() for tensor in request.tensors]
-        return await asyncio.to_thread(answer, self._index, request.body, arrays)
+        search = asyncio.ensure_future(asyncio.to_thread(answer, self._index, request.body, arrays))
+        try:
+            return await asyncio.shield(search)
+        except asyncio.CancelledError:
+            await asyncio.wait([search])  # a thread cannot be cancelled: its credit comes back when it has ended
+            if not search.cancelled():
+                search.exception()  # seen, so that asyncio does not report it
+            raise

@@ -3,7 +3,9 @@
 All of it runs in the compute thread. Rows that wait for neighbours are parked with their logits; the others go on.
 """
 
+import time
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,7 @@ class Sequence:
         prompt: ids of the prompt, int32 [n].
         start: absolute position of the first new token; interval and staleness count from there.
         limit: new tokens at most in this attempt.
+        until: its deadline (time.monotonic()).
         answers: neighbours by the position of their query.
         parked: logits [vocab] of the row that waits, and its position.
     """
@@ -62,6 +65,7 @@ class Sequence:
     limit: int
     sampling: SamplingParams
     metric: str = "l2"
+    until: float = inf
     made: int = 0
     answers: dict[int, Neighbours] = field(default_factory=dict)
     parked: tuple[Array, int] | None = None
@@ -115,7 +119,9 @@ class Last:
         start = task.prompt or len(prompt)
         sampling = SamplingParams(task.temperature, task.top_k, task.top_p, task.seed, task.logprobs)
         limit = params.get("limit", task.max_tokens)
-        self._sequences[key] = Sequence(key, task, prompt, start, limit, sampling, params.get("metric", "l2"))
+        until = time.monotonic() + params.get("seconds", inf)
+        metric = params.get("metric", "l2")
+        self._sequences[key] = Sequence(key, task, prompt, start, limit, sampling, metric, until)
 
     def end(self, key: Key, outcome: Outcome) -> None:
         """The leader lists a sequence as over: it is forgotten, and the row that the leader may wait for goes back.
@@ -198,13 +204,30 @@ class Last:
                 places.append(last - (row.position + row.length - position))
         for query, places in queries:
             query.vectors = entered[torch.tensor(places)].float().cpu().numpy()
-            outcome.queries.append(query)
+            self._drop_broken(query, outcome)
+            query.until = min((self._sequences[key].until for key in query.keys), default=query.until)
+            if query.keys:
+                outcome.queries.append(query)
+
+    def _drop_broken(self, query: Query, outcome: Outcome) -> None:
+        """An index refuses a query with a vector that is not finite: its row alone fails, and is not asked for."""
+        if np.isfinite(query.vectors).all():
+            return
+        broken = [key for key, row in zip(query.keys, query.vectors, strict=True) if not np.isfinite(row).all()]
+        text = "the model's hidden state is not finite: its weights may be damaged, or its dtype too narrow"
+        outcome.sent += self.fail(broken, WorkerFailed(text)).sent
+        kept = [place for place, key in enumerate(query.keys) if key in self._sequences]
+        query.keys = [query.keys[place] for place in kept]
+        query.positions = [query.positions[place] for place in kept]
+        query.vectors = query.vectors[kept]
 
     def _sample(self, rows: list[tuple[Sequence, int]], logits: Array, outcome: Outcome) -> None:
         plain: list[int] = []
         for place, (sequence, position) in enumerate(rows):
             due = sequence.due(position)
-            if due < 0:
+            if sequence.key not in self._sequences:  # it has just failed
+                outcome.returns.append(Return(*sequence.key, -1, True))
+            elif due < 0:
                 plain.append(place)
             elif due in sequence.answers:
                 self._draw(sequence, position, logits[place], outcome)

@@ -1,5 +1,6 @@
 """What the last stage asks an index, and what it hears. Knows the fields of `search:<index>`, no socket."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ class Query:
     Attributes:
         keys, positions: for each row, its sequence and the absolute position that it samples.
         vectors: float32 [rows, d].
+        until: the earliest deadline of the rows (time.monotonic()).
     """
 
     index: str
@@ -30,6 +32,11 @@ class Query:
     keys: list[Key] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     vectors: Array = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    until: float = float("inf")
+
+    def seconds(self) -> float:
+        """What is left until then, at most the time that any request has."""
+        return min(30.0, max(0.001, self.until - time.monotonic()))
 
     @property
     def body(self) -> dict[str, Any]:

@@ -38,6 +38,11 @@ class Runner:
         self.last: Last | None = None
         self.reset()
 
+    @property
+    def progress(self) -> int:
+        """Grows while a STEP is computed, too: a long prompt takes long."""
+        return self.steps + self._span.computed
+
     def reset(self) -> None:
         """A pipeline is formed, or over: nothing of an earlier one counts."""
         self.last = Last(self._span, self._fingerprint) if self._span.is_last else None

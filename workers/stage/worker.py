@@ -102,6 +102,8 @@ class Stage(Worker):
         task = Task.of(request.body)
         ids = prompt_of(request, task, self._loaded)
         params: dict[str, Any] = {"task": task.model_dump(exclude_defaults=True)}
+        if request.deadline:
+            params["seconds"] = max(0.001, request.deadline - self._loop.time())
         need = len(ids) - 1
         if task.mode == "score":
             params["feed"] = len(ids) - 1
@@ -148,14 +150,14 @@ class Stage(Worker):
         self._over()
 
     def beat(self, beat: Beat) -> Beat:
-        """Progress is compute steps; work in hand is what the compute thread has."""
+        """Progress is layers computed, since one STEP may hold a long prompt; work in hand is what the thread has."""
         runner = self._runner
         gauges: dict[str, Any] = {"steps": runner.steps, "compute_s": round(runner.seconds, 3)}
         if runner.last is not None:
             gauges["answering"] = len(runner.last)
         if self._leader is not None:
             gauges |= {"sequences": len(self._leader), "free_blocks": self._leader.free_blocks}
-        return replace(beat, progress=runner.steps, busy=self._waiting, gauges=gauges)
+        return replace(beat, progress=runner.progress, busy=self._waiting, gauges=gauges)
 
     def _form(self, pipeline: bytes, form: Form) -> None:
         self._over()
@@ -206,6 +208,10 @@ class Stage(Worker):
             self.host.link.send(onward, id=self._pipeline)
         except Malformed as error:  # more than a message holds: rows that do not fit must end, too
             self._computed(step, self._runner.failed(step, error))
+        except Exception as error:  # a device that failed while the values were copied
+            log.exception("a step cannot be sent")
+            failure = WorkerFailed(f"a stage of {self._place.name} failed: {type(error).__name__}: {error}")
+            self._computed(step, self._runner.failed(step, failure))
 
     def _publish(self, number: int, outcome: Outcome) -> None:
         """What follows from a computation: parts and ends to the askers, queries to indexes, rows to the leader.
@@ -249,11 +255,20 @@ class Stage(Worker):
         assert last is not None
         try:
             reply = await self.host.client.request(
-                f"search:{query.index}", query.body, tensors=[query.vectors], retries=3, priority=6
+                f"search:{query.index}",
+                query.body,
+                tensors=[query.vectors],
+                deadline=query.seconds(),
+                retries=3,
+                priority=6,
             )
             work = partial(last.answered, query, neighbours_of(query, reply.body, reply.tensors))
         except RalmqError as error:
             work = partial(last.fail, query.keys, error)
+        except Exception as error:  # an answer that nobody foresaw: its rows must not wait for their deadline
+            log.exception("an answer of search:%s cannot be used", query.index)
+            failure = WorkerFailed(f"an answer of search:{query.index} cannot be used: {type(error).__name__}: {error}")
+            work = partial(last.fail, query.keys, failure)
         self._submit(work, partial(self._publish, 0))
 
 
