@@ -60,7 +60,7 @@ class Host:
 
     def __init__(self, worker: Worker, url: str, *, name: str = "", context: zmq.Context[Any] | None = None) -> None:
         self.worker = worker
-        self._kind = name or type(worker).__name__.lower()
+        self.kind = name or type(worker).__name__.lower()
         self._url = url
         self._context = context
         self._jobs: dict[Key, Job] = {}
@@ -88,7 +88,7 @@ class Host:
             raise Refused(f'{type(self.worker).__name__} serves nothing: give the class a `service = "name"`')
         hello = Hello(
             bytes(16),
-            self._kind,
+            self.kind,
             services=self.worker.services,
             capacity=max(self.worker.capacity, self.worker.max_batch),
             idempotent=self.worker.idempotent,
@@ -100,7 +100,7 @@ class Host:
             self._url, hello, take=self._take, lost=self._forgotten, beat=self._beat, context=self._context
         )
         suffix = self.link.hello.nonce[:2].hex()
-        self.link.hello = replace(self.link.hello, name=f"{self._kind}-{suffix}")
+        self.link.hello = replace(self.link.hello, name=f"{self.kind}-{suffix}")
         self.client = Client(self.link, wait)
         await self.link.open(wait)
 
@@ -114,7 +114,7 @@ class Host:
             async with asyncio.timeout(within):
                 await self.link.leave()
         except TimeoutError:
-            log.warning("%s still had %d requests after %g s", self._kind, len(self._jobs), within)
+            log.warning("%s still had %d requests after %g s", self.kind, len(self._jobs), within)
         await self.close()
 
     async def close(self) -> None:
@@ -184,7 +184,7 @@ class Host:
                 self.link.send(ending, id=key[0], attempt=key[1])
         except Exception as error:  # whatever is wrong with an answer, its request must end
             reason = error.message if isinstance(error, RalmqError) else f"{type(error).__name__}: {error}"
-            text = f"the answer of {self._kind} cannot travel: {reason}"
+            text = f"the answer of {self.kind} cannot travel: {reason}"
             self.link.send(Error(WorkerFailed.code, text), id=key[0], attempt=key[1])
 
     def _ending(self, request: Request, task: asyncio.Task[End | None]) -> End | Error | None:
@@ -195,8 +195,8 @@ class Host:
             return task.result()
         if isinstance(error, RalmqError):
             return Error(error.code, error.message, int(error.retry_after * 1000))
-        log.error("%s failed in request %s", self._kind, request.id.hex(), exc_info=error)
-        text = f"{self._kind} failed: {type(error).__name__}: {error}"
+        log.error("%s failed in request %s", self.kind, request.id.hex(), exc_info=error)
+        text = f"{self.kind} failed: {type(error).__name__}: {error}"
         return Error(WorkerFailed.code, f"{text[:1900]} (its log has the place)")
 
     async def _answer(self, job: Job) -> End | None:
@@ -221,4 +221,4 @@ class Host:
         try:
             self.link.send(part, id=request.id, attempt=request.attempt, sequence=sequence)
         except Malformed as error:
-            raise WorkerFailed(f"part {sequence} of {self._kind}'s answer cannot travel: {error.message}") from None
+            raise WorkerFailed(f"part {sequence} of {self.kind}'s answer cannot travel: {error.message}") from None

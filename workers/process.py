@@ -13,6 +13,7 @@ from .base import Worker
 from .host import Host
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+PATIENCE = 5.0  # seconds of starting, after which a user is told what is waited for
 PARENT_PIPE = "RALMQ_PARENT_PIPE"  # environment: number of the descriptor whose end of file means: the parent is gone
 
 
@@ -41,10 +42,11 @@ async def _run(worker: Worker, url: str, name: str, wait: float) -> None:
         loop.add_signal_handler(number, stopped)
     if os.environ.get(PARENT_PIPE):
         watch_parent(int(os.environ[PARENT_PIPE]), lambda: loop.call_soon_threadsafe(stop.set))
-    print(f"{name or type(worker).__name__.lower()} starts, for the broker at {url}", file=sys.stderr, flush=True)
     opening = loop.create_task(host.open(wait))
     stopping = loop.create_task(stop.wait())
+    hint = loop.call_later(PATIENCE, _say, f"{host.kind} still loads, or waits for the broker at {url}")
     await asyncio.wait([opening, stopping], return_when=asyncio.FIRST_COMPLETED)
+    hint.cancel()
     if not opening.done():
         opening.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -52,9 +54,13 @@ async def _run(worker: Worker, url: str, name: str, wait: float) -> None:
         return
     await opening
     serves = ", ".join(worker.services) or "a span"
-    print(f"{host.link.hello.name} serves {serves} at {url}", file=sys.stderr, flush=True)
+    _say(f"{host.link.hello.name} serves {serves} at {url}")
     await stopping
     await host.drain()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def watch_parent(descriptor: int, gone: Callable[[], object]) -> None:

@@ -149,7 +149,7 @@ def test_wrong_requests_say_what_to_mend(model: Path) -> None:
             client.generate("hi", model=MODEL, colour=1)
         ids = np.array([5], np.int32)
         wrong: list[tuple[dict[str, Any], list[Any], type[RalmqError], str]] = [
-            ({"prompt": "hi", "colour": 1}, [], Refused, "unknown option colour: there are prompt, max_tokens"),
+            ({"prompt": "hi", "colour": 1}, [], Refused, "unknown option colour: there are max_tokens, temperature"),
             ({"prompt": ""}, [], Refused, "the prompt is empty: give at least one token"),
             ({}, [], Refused, "no prompt: give text, or token ids"),
             ({}, [ids[:0]], Refused, r"the prompt is int32 \[0\]: give at least one id"),

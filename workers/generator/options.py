@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from ..params import Neighbours, Retrieval, Sampling, Task
 
 
-class Options(Sampling, Neighbours):
+class Options(Neighbours, Sampling):
     """What a client may ask for; see client/generation.py for the meaning of each."""
 
     prompt: str | None = None
