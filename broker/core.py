@@ -63,6 +63,8 @@ class Core:
                 self.roster.hello(now, key, decode(frames)[1])
             elif peer is None or prefix.epoch != self.epoch:
                 self._tell(key, Gone("say HELLO first"), NO_ID, 0)
+                if peer is not None:  # it will take all that it shares with the broker for void
+                    self.roster.lose(now, peer, "spoke to an earlier broker")
             else:
                 raise Malformed(f"a broker takes no message of kind {prefix.kind}: the other side may be newer")
         except Malformed as error:

@@ -34,10 +34,13 @@ def test_whoever_said_no_hello_is_told_so() -> None:
 
 def test_messages_of_another_epoch_are_fenced_off(broker: Broker) -> None:
     broker.hello("w", "echo", capacity=2)
+    broker.hello("w2", "echo")
     assert shown(broker.ask("client", "echo", "a", epoch=EPOCH - 1)) == [("client", "Gone", "", 0)]
+    assert shown(broker.ask("client", "echo", "a")) == [("client", "Gone", "", 0)], "both sides forget"
+    broker.hello("client")
     broker.ask("client", "echo", "b")
-    assert shown(broker.say("w", Final(), "b", epoch=EPOCH + 1)) == [("w", "Gone", "", 0)]
-    assert broker.open() == 1
+    sent = broker.say("w", Final(), "b", epoch=EPOCH + 1)
+    assert shown(sent) == [("w", "Gone", "", 0), ("w2", "Request", "b", 1)]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import ralmq
 from inprocess import PACE, Cluster, cluster
 from ralmq import errors
+from ralmq.broker.limits import Limits
 from ralmq.broker.server import Server
 from ralmq.workers.echo import Echo
 from ralmq.workers.host import Host
@@ -144,6 +145,18 @@ async def test_a_worker_that_was_cut_off_is_replaced_and_comes_back() -> None:
         assert [(await task).body["n"] for task in tasks] == [0, 1, 2, 3]
         await here.idle()
         assert first.ended + second.ended == 4 and here.counts["requeued"] == 4
+
+
+async def test_a_broker_sees_at_once_that_a_connection_has_ended() -> None:
+    gate = Gate()
+    async with cluster(limits=Limits(beat=60)) as here, Relay(here.url) as relay:  # no BEAT would find it in time
+        await here.worker(gate, relay.url)
+        client = await here.client()
+        task = asyncio.create_task(client.request("gate"))
+        await until(lambda: gate.begun == 1)
+        relay.cut()
+        with pytest.raises(errors.WorkerLost, match="died or was cut off"):
+            await task
 
 
 async def test_a_network_that_swallows_everything_is_noticed() -> None:

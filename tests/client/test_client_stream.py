@@ -38,6 +38,18 @@ async def test_a_slow_reader_pauses_its_own_stream_alone() -> None:
         await here.idle()
 
 
+async def test_a_stream_that_never_waits_does_not_hold_up_its_worker() -> None:
+    count = Count()
+    async with cluster(count) as here:
+        client = await here.client()
+        flood = client.stream("count", {"to": 100_000, "name": "flood"}, window=0)
+        await anext(flood)
+        assert [part.body["n"] async for part in client.stream("count", {"to": 5})] == list(range(5))
+        assert count.produced["flood"] < 100_000
+        await flood.aclose()
+        await here.idle()
+
+
 async def test_several_streams_share_a_client() -> None:
     async with cluster(Count(), Count()) as here:
         client = await here.client()

@@ -22,12 +22,15 @@ class Live:
     asker: Peer
     attempt: int
     deadline: float
+    service: str
+    given: int = 0  # to how many workers
 
 
 class Oracle:
     """Watches all that arrives at a core and all that it sends."""
 
-    def __init__(self) -> None:
+    def __init__(self, tries: int) -> None:
+        self.tries = tries
         self.live: dict[bytes, Live] = {}
         self.attempts: dict[bytes, int] = {}  # the highest one that was ended or abandoned, in this epoch
         self.fresh: Leg | None = None  # the request whose arrival is being answered
@@ -77,6 +80,10 @@ class Oracle:
         self._unformed(core)
         self._settle(core, now)
 
+    def together(self, one: bytes, other: bytes) -> bool:
+        """Whether an answer of one peer counts for the other: the same, or stages of one pipeline."""
+        return one == other or (one in self.member and self.member[one] == self.member.get(other))
+
     def executes(self, identity: bytes, worker: str) -> None:
         """A worker that is not idempotent begins with a request."""
         before = self.executed.setdefault(identity, worker)
@@ -91,10 +98,10 @@ class Oracle:
             live = None
         if live is None and prefix.attempt > self.attempts.get(prefix.id, -1):
             deadline = now + prefix.deadline / 1000 if prefix.deadline else float("inf")
-            parent = (routing_of(frames[0]) + [None] * 4)[3]
+            service, _, _, parent, *_ = routing_of(frames[0])
             if parent in self.live:
                 deadline = min(deadline, self.live[parent].deadline)
-            self.live[prefix.id] = Live(asker, prefix.attempt, deadline)
+            self.live[prefix.id] = Live(asker, prefix.attempt, deadline, service)
             self.fresh = (prefix.id, prefix.attempt)
 
     def _answered(self, now: float, key: bytes, prefix: Prefix, frames: list[Any]) -> None:
@@ -106,6 +113,8 @@ class Oracle:
         holds(live.attempt == prefix.attempt, f"{name} was answered, attempt {live.attempt} is under way")
         del self.live[prefix.id]
         code = decode(frames)[1].code if prefix.kind == Kind.ERROR else "final"
+        spent = live.given == self.tries or live.service != "echo" or code != "worker_lost"
+        holds(spent, "could have been given to another worker", prefix.id)
         holds(code != "deadline" or now >= live.deadline - 1e-6, "was ended before its deadline", prefix.id)
         self.tally[code] = self.tally.get(code, 0) + 1
         if self.fresh != (prefix.id, prefix.attempt) or code not in AT_THE_DOOR:
@@ -117,6 +126,9 @@ class Oracle:
         holds(leg not in self.legs, f"{name} was given out twice")
         holds(prefix.id in self.live, f"{name} was given out, and nobody waits for it")
         self.legs[leg] = key
+        live = self.live[prefix.id]
+        live.given += 1
+        holds(live.given <= core.limits.tries, "was given to more workers than is allowed", prefix.id)
         self.held.setdefault(key, {})[leg] = None
         peer = core.roster.peers.get(key)
         if peer is not None:

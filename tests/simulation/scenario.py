@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ralmq.broker.core import Core
+from ralmq.schema.message import Final, Partial
 from simulation.invariants import holds, quiescent
 from simulation.nodes import Client, Link, Worker
 from simulation.stages import Stage
 from simulation.world import SMALL, World
 
-FAULTS = ("kill", "stop", "cut", "delay", "hang", "drain", "refuse", "broker", "leave")
+FAULTS = ("kill", "stop", "cut", "delay", "hang", "drain", "refuse", "broker", "leave", "forge")
 CHAOS = 4.0  # seconds in which requests are made and faults happen
 PATIENCE = 30.0  # seconds after which what has not ended never will
 SPANS = {
@@ -133,11 +134,36 @@ class Scenario:
             world.log(f"drain {node.name}")
             node.drain()
             world.later(node, 3.0, lambda: self._replace(node))
+        elif fault == "forge":
+            self._forge(rng.choice(servers))
         elif fault in ("leave", "kill") and isinstance(node, Client) and len(self.clients) > 1:
             self.clients.remove(node)
             if fault == "leave":
                 node.leave()
             world.after(0.2, lambda: world.kill(node))
+
+    def _forge(self, stranger: Worker | Stage) -> None:
+        """An answer that must not count: from a peer that does not serve, under another leg, or of another epoch."""
+        rng, oracle = self.rng, self.world.oracle
+        running = [(leg, key) for leg, key in oracle.legs.items() if leg in oracle.held.get(key, {})]
+        if not running:
+            return
+        (identity, leg), key = rng.choice(running)
+        server = self.world.holder(key)
+        message = rng.choice([Partial({"mark": -1, "place": 0}), Final({"mark": -1, "parts": 0})])
+        way = rng.choice(["peer", "leg", "leg", "epoch"])
+        node = stranger if way == "peer" else server
+        if not isinstance(node, Worker | Stage) or (way == "peer" and oracle.together(self.world.key(node), key)):
+            return
+        self.world.log(f"forge {way} at {node.name}")
+        if way == "leg":
+            node.send(message, identity, max(0, leg + rng.choice([-1, 1])))
+        elif way == "peer":
+            node.send(message, identity, leg)
+        else:
+            node.epoch -= 1
+            node.send(message, identity, leg)
+            node.epoch += 1
 
     def _replace(self, node: Worker | Stage) -> None:
         """The process ends, another is started a little later."""

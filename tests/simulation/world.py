@@ -68,7 +68,7 @@ class World:
         self.rng = random.Random(seed)
         self.now = 100.0 + seed % 7
         self.duplicate = duplicate
-        self.oracle = Oracle()
+        self.oracle = Oracle(SMALL.tries)
         self.trace = trace
         self.ports: dict[Node, Port] = {}
         self.steps = 0
@@ -159,6 +159,16 @@ class World:
         if conn is not None and self._up:
             self.log(f"refuse {node.name}")
             self._deliver(self.core.lost(self.now, conn.key, "did not take what was sent to it"))
+
+    def key(self, node: Node) -> bytes:
+        """The routing id of a node, now."""
+        conn = self.ports[node].conn
+        return b"" if conn is None else conn.key
+
+    def holder(self, key: bytes) -> Node | None:
+        """Who has the connection of that routing id."""
+        conn = self._conns.get(key)
+        return None if conn is None or conn.owner.dead else conn.owner.node
 
     def restart_broker(self) -> None:
         """The broker dies and comes back with another epoch and nothing in its tables."""
