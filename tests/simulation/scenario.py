@@ -134,7 +134,7 @@ class Scenario:
             world.log(f"drain {node.name}")
             node.drain()
             world.later(node, 3.0, lambda: self._replace(node))
-        elif fault == "forge":
+        elif fault == "forge" and servers:
             self._forge(rng.choice(servers))
         elif fault in ("leave", "kill") and isinstance(node, Client) and len(self.clients) > 1:
             self.clients.remove(node)
@@ -157,7 +157,7 @@ class Scenario:
             return
         self.world.log(f"forge {way} at {node.name}")
         if way == "leg":
-            node.send(message, identity, max(0, leg + rng.choice([-1, 1])))
+            node.send(message, identity, leg - 1 if leg else 1000)
         elif way == "peer":
             node.send(message, identity, leg)
         else:
