@@ -71,7 +71,11 @@ class Core:
             self.requests.counts["malformed"] += 1
             identity, attempt = (prefix.id, prefix.attempt) if prefix is not None else (NO_ID, 0)
             self._tell(key, Error(error.code, error.message[:2000]), identity, attempt)
-        return self._flush(now)
+        if self.requests.left:
+            return self._flush(now)
+        sent = self._out.copy()
+        self._out.clear()
+        return sent
 
     def lost(self, now: float, key: bytes, reason: str = "died or was cut off") -> list[Sent]:
         """The connection of a peer is gone, or it does not take what is sent to it."""

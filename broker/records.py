@@ -27,6 +27,7 @@ class Peer:
     hello: Hello
     name: str
     since: float
+    capacity: int = 0  # as in HELLO
     services: list[Service] = field(default_factory=list)
     asked: dict[bytes, Record] = field(default_factory=dict)
     serving: dict[bytes, Record] = field(default_factory=dict)

@@ -162,7 +162,7 @@ class Requests:
     def feed(self, now: float, worker: Peer) -> None:
         """Gives a worker with credit what waits for its services."""
         for service in worker.services:
-            while service.queue.count and worker.load < worker.hello.capacity and worker in service.workers:
+            while service.queue.count and worker.load < worker.capacity and worker in service.workers:
                 self._next(now, service, worker)
 
     def withdrawn(self, now: float, service: Service) -> None:

@@ -42,7 +42,7 @@ class Roster:
                     self.lose(now, old, "announced itself anew")
         self._tell(key, Welcome(beat_ms=int(self._limits.beat * 1000), name=hello.name))
         if key not in self.peers:
-            self._add(now, Peer(key, hello, hello.name, now, progress_at=now))
+            self._add(now, Peer(key, hello, hello.name, now, hello.capacity, progress_at=now))
 
     def bye(self, now: float, peer: Peer) -> None:
         """BYE: a client is forgotten; a worker gets no new work, and BYE back once nothing of it is open."""

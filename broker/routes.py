@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from ..schema.codec import plan, routing_of
 from ..schema.errors import Malformed
-from ..schema.frame import sections
+from ..schema.frame import LENGTHS, PREFIX
 from ..schema.limits import HEAD
 from ..schema.message import Request
 
@@ -33,8 +33,8 @@ class Routes:
         Raises:
             Malformed: no array, no service, or a field out of range.
         """
-        end, _ = sections(head)
-        raw = bytes(memoryview(head)[HEAD:end])
+        size = LENGTHS.unpack_from(head, PREFIX.size)[0]
+        raw = bytes(memoryview(head)[HEAD : HEAD + size])
         route = self._known.get(raw)
         if route is None:
             route = _decoded(head)

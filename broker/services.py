@@ -39,7 +39,7 @@ class Service:
         least = 1 << 62
         for worker in self.workers:
             load = worker.load
-            if load < least and load < worker.hello.capacity:
+            if load < least and load < worker.capacity:
                 best, least = worker, load
         return best
 
