@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import errors as errors
     from .client.client import Client as Client
-    from .client.client import Stream as Stream
     from .client.client import connect as connect
     from .client.generation import Generation as Generation
     from .client.results import Hits as Hits
     from .client.results import Reply as Reply
     from .client.results import Token as Token
+    from .client.stream import Stream as Stream
     from .workers.base import Request as Request
     from .workers.base import Worker as Worker
 
@@ -23,7 +23,7 @@ _FACE = {
     "Hits": "client.results",
     "Reply": "client.results",
     "Request": "workers.base",
-    "Stream": "client.client",
+    "Stream": "client.stream",
     "Token": "client.results",
     "Worker": "workers.base",
     "connect": "client.client",

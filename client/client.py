@@ -1,8 +1,7 @@
 """The asynchronous API: connect, request, stream, generate, search, status. Knows service names, no transport."""
 
 import asyncio
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,12 +9,13 @@ import zmq
 
 from ..schema.errors import Busy, Refused
 from ..schema.limits import MAX_DEADLINE_MS
-from ..schema.message import Final, Hello, Partial
+from ..schema.message import Final, Hello
 from .generation import Generation, generation_request
 from .link import Link
 from .pending import WINDOW, Pending
 from .results import Hits, Reply
 from .search import hits_of, model_of, search_request, vectors_of
+from .stream import Stream, pause
 
 REQUEST_DEADLINE = 30.0  # seconds
 GENERATION_DEADLINE = 600.0
@@ -31,72 +31,6 @@ def connect(url: str, *, wait: float = 5.0, name: str = "client", context: zmq.C
     return Client(Link(url, Hello(bytes(16), name), context=context), wait)
 
 
-class Stream:
-    """Parts of an answer as they come; iterate with `async for`. Leaving early, or `aclose`, cancels the request.
-
-    Attributes:
-        final: the body and tensors that ended it, once it has ended.
-    """
-
-    def __init__(self, link: Link, ask: Callable[[], Pending], retries: int, end: float) -> None:
-        self._link = link
-        self._ask = ask
-        self._retries = retries
-        self._end = end
-        self._begun = False
-        self._pending = ask()
-        self.final: Reply | None = None
-
-    @property
-    def id(self) -> bytes:
-        return self._pending.id
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Reply:
-        if self.final is not None:
-            raise StopAsyncIteration
-        try:
-            part = await self._next()
-        except BaseException:
-            await self.aclose()
-            raise
-        reply = Reply(part.body, tuple(part.tensors))
-        if isinstance(part, Partial):
-            return reply
-        self.final = reply
-        raise StopAsyncIteration
-
-    async def _next(self) -> Partial | Final:
-        while True:
-            try:
-                part = await self._pending.next()
-                self._begun = True
-                return part
-            except Busy as busy:
-                if self._begun or not self._retries:  # a worker that is busy amid an answer is not asked again
-                    raise
-                self._retries -= 1
-                await _pause(busy, self._end)
-                self._pending = self._ask()
-
-    async def aclose(self) -> None:
-        """Gives the request up where it has not ended."""
-        self._link.cancel(self._pending)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-    def __del__(self) -> None:
-        pending = getattr(self, "_pending", None)
-        if pending is not None and not pending.ended:  # an `async for` that was left by break: nobody can read on
-            self._link.cancel(pending)
-
-
 def _end(deadline: float) -> float:
     """Loop time at which a call must have ended.
 
@@ -106,18 +40,6 @@ def _end(deadline: float) -> float:
     if not 0 < deadline < MAX_DEADLINE_MS / 1000:
         raise Refused(f"a deadline of {deadline} s is out of range: give seconds above 0")
     return asyncio.get_running_loop().time() + deadline
-
-
-async def _pause(busy: Busy, end: float) -> None:
-    """Waits until a resend is expected to find room; a little more, so that those who wait do not come at once.
-
-    Raises:
-        Busy: that would be after the end of the call.
-    """
-    seconds = busy.retry_after * random.uniform(1.0, 1.1)
-    if asyncio.get_running_loop().time() + seconds >= end:
-        raise busy
-    await asyncio.sleep(seconds)
 
 
 class Client:
@@ -182,7 +104,7 @@ class Client:
                 if not retries:
                     raise
                 retries -= 1
-                await _pause(busy, end)
+                await pause(busy, end)
             finally:
                 self._link.cancel(pending)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
 import numpy as np
 
 from .results import Token
-
-if TYPE_CHECKING:
-    from .client import Stream
+from .stream import Stream
 
 # The options of a generation and what they are where not given; the generator checks their values.
 DEFAULTS: Final[dict[str, Any]] = {

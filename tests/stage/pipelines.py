@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from ralmq.broker.limits import Limits
 from ralmq.broker.server import Server
-from ralmq.client.client import Client, Stream, connect
+from ralmq.client.client import Client, connect
+from ralmq.client.stream import Stream
 from ralmq.workers.base import Answer, Request, Worker
 from ralmq.workers.host import Host
 from ralmq.workers.index.worker import Index

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ralmq.client.client import Stream
+from ralmq.client.stream import Stream
 from ralmq.errors import DeadlineExceeded, RalmqError, WorkerFailed, WorkerLost
 from ralmq.workers.stage.leader import Phase
 from ralmq.workers.stage.worker import Stage
