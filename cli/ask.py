@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..schema.address import BROKER_VARIABLE, DEFAULT_BROKER
 from ..schema.errors import Refused, WorkerLost
-from .shared import BROKER_VARIABLE, DEFAULT_BROKER, Broker, Json, print_json, run
+from .shared import Broker, Json, print_json, run
 
 if TYPE_CHECKING:
     from ..client.results import Hits

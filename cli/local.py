@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from ..schema.address import BROKER_VARIABLE, DEFAULT_BROKER
 from ..schema.errors import RalmqError, Refused, WorkerFailed
 from .failures import BAD_INPUT, PREFIX
 from .serve import Insecure, check_bind
-from .shared import BROKER_VARIABLE, DEFAULT_BROKER, run
+from .shared import run
 
 if TYPE_CHECKING:
     from ..cluster.cluster import Cluster
@@ -38,7 +39,10 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Leave it running in the background.")] = False,
 ) -> None:
     """Start a local cluster: broker, stages, generator, and a server for each index. Ctrl-C ends it."""
-    bind = f"tcp://127.0.0.1:{port}" if port is not None else bind
+    if port is not None:
+        if bind != DEFAULT_BROKER:
+            raise Refused("--port and --bind both name an address: give one of them")
+        bind = f"tcp://127.0.0.1:{port}"
     check_bind(bind, insecure=insecure)
     paths = [path.expanduser() for path in index or ()]
     if detach:

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
+from ..schema.address import DEFAULT_BROKER
 from ..schema.errors import Refused
 from .failures import DEBUG
-from .shared import DEFAULT_BROKER, Broker
+from .shared import Broker
 
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Accept an address that others can reach: nothing is encrypted.")

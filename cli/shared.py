@@ -5,13 +5,13 @@ import json
 import math
 import signal
 from collections.abc import Coroutine
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from ..schema.address import BROKER_VARIABLE
+
 T = TypeVar("T")
-DEFAULT_BROKER: Final = "tcp://127.0.0.1:5555"
-BROKER_VARIABLE: Final = "RALMQ_BROKER"
 
 Broker = Annotated[str, typer.Option("--broker", envvar=BROKER_VARIABLE, metavar="URL", help="Address of the broker.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]

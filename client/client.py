@@ -1,12 +1,14 @@
 """The asynchronous API: connect, request, stream, generate, search, status. Knows service names, no transport."""
 
 import asyncio
+import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import zmq
 
+from ..schema.address import BROKER_VARIABLE, DEFAULT_BROKER
 from ..schema.errors import Busy, Refused
 from ..schema.limits import MAX_DEADLINE_MS
 from ..schema.message import Final, Hello
@@ -21,13 +23,20 @@ REQUEST_DEADLINE = 30.0  # seconds
 GENERATION_DEADLINE = 600.0
 
 
-def connect(url: str, *, wait: float = 5.0, name: str = "client", context: zmq.Context[Any] | None = None) -> "Client":
+def connect(
+    url: str | None = None,
+    *,
+    wait: float = 5.0,
+    name: str = "client",
+    context: zmq.Context[Any] | None = None,
+) -> "Client":
     """A client of the broker at `url`; opened by `async with`.
 
     Args:
-        url: tcp://host:port, ipc://path or inproc://name.
+        url: tcp://host:port, ipc://path or inproc://name; $RALMQ_BROKER where not given, else tcp://127.0.0.1:5555.
         wait: seconds to wait for the broker.
     """
+    url = url or os.environ.get(BROKER_VARIABLE) or DEFAULT_BROKER
     return Client(Link(url, Hello(bytes(16), name), context=context), wait)
 
 

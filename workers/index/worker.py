@@ -32,7 +32,7 @@ class Index(Worker):
             raise Refused(f"-o name={name}: a name is 1 to 64 letters, digits, '.', '_' or '-'")
         if threads < 1:
             raise Refused(f"-o threads={threads}: give at least 1")
-        self._path = index
+        self._path = index.expanduser()
         self._name = name
         self._threads = threads
         self._index: OpenIndex | None = None

@@ -164,7 +164,7 @@ class Stage(Worker):
         self._pipeline, self._stages = pipeline, form.stages
         if form.place == 0:
             self._leader = Leader(form.stages, form.kv_blocks, form.max_rows)
-        log.info("stage %d of %d of %s", form.place + 1, form.stages, form.model)
+        log.info("stage %d/%d of %s", form.place, form.stages, form.model)
 
     def _over(self) -> None:
         """The pipeline is no more: its sequences end here without a word, since the broker has answered them."""
