@@ -51,12 +51,16 @@ class Scorer:
         self.fingerprint = "f" * 16
         self.indexes: dict[str, OpenIndex] = {}
         self.asked: list[np.ndarray] = []
+        self.retries: list[int] = []
         self.searched: list[dict[str, Any]] = []
         self.now = self.most = 0
         self.spoil: Spoil = lambda part: part
 
-    def stream(self, service: str, body: dict[str, Any], *, tensors: list[np.ndarray], deadline: float) -> Parts:
+    def stream(
+        self, service: str, body: dict[str, Any], *, tensors: list[np.ndarray], deadline: float, retries: int
+    ) -> Parts:
         assert (service, body) == ("lm:tiny", {"mode": "score"}) and deadline > 0
+        self.retries.append(retries)
         ids = tensors[0]
         assert ids.dtype == np.int32 and 2 <= len(ids) <= self.context
         self.asked.append(ids)

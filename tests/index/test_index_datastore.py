@@ -190,35 +190,18 @@ def test_a_clients_error_arrives_as_it_is(scorer: Scorer, words: Tokenizer, tmp_
     assert scorer.now == 0
 
 
-def test_a_busy_model_is_asked_again_after_its_time(
-    scorer: Scorer, words: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slept: list[float] = []
-    real = asyncio.sleep
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        await real(0)
-
-    def busy(part: Reply) -> Reply:
-        if len(scorer.asked) % 2:
-            raise Busy("full", retry_after=3.0)
-        return part
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    scorer.spoil = busy
-    manifest = build(scorer, words, tmp_path / "docs", in_flight=1)
-    assert manifest.ntotal == 108
-    assert len(slept) == len(scorer.asked) / 2 and all(3.0 <= seconds <= 3.3 for seconds in slept)
+def test_a_busy_model_is_asked_again_by_the_client(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
+    """Each window may be sent again eight times; beyond that Busy ends the building, and nothing is left of it."""
 
     def always(part: Reply) -> Reply:
         raise Busy("full", retry_after=3.0)
 
-    scorer.asked.clear()
+    build(scorer, words, tmp_path / "docs")
+    assert set(scorer.retries) == {8} and len(scorer.retries) == len(scorer.asked)
     scorer.spoil = always
     with pytest.raises(Busy):
         build(scorer, words, tmp_path / "other")
-    assert len(scorer.asked) == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["docs"]
 
 
 def test_a_bad_name_or_place_is_refused_before_anything_is_asked(
