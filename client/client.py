@@ -36,7 +36,8 @@ def connect(
         url: tcp://host:port, ipc://path or inproc://name; $RALMQ_BROKER where not given, else tcp://127.0.0.1:5555.
         wait: seconds to wait for the broker.
     """
-    url = url or os.environ.get(BROKER_VARIABLE) or DEFAULT_BROKER
+    if url is None:
+        url = os.environ.get(BROKER_VARIABLE) or DEFAULT_BROKER
     return Client(Link(url, Hello(bytes(16), name), context=context), wait)
 
 

@@ -199,7 +199,6 @@ class Link:
             return
         self._timer = self._loop.call_later(self._interval if self._known else HELLO_AGAIN, self._announce)
         if self._wire.blocked:
-            self._wire.nudge()
             return  # the one before has not left yet
         if not self._known:
             self._wire.send(encode(self.hello))

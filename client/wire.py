@@ -14,6 +14,7 @@ from ..schema.errors import Refused
 from ..schema.limits import MAX_FRAMES, MAX_MESSAGE
 
 BATCH: Final = 64  # messages a pass, so that timers and other tasks get their turn
+RETRY: Final = 0.1  # seconds
 HEARTBEAT_MS: Final = 500
 HEARTBEAT_TIMEOUT_MS: Final = 2000
 LINGER_MS: Final = 500
@@ -46,6 +47,7 @@ class Wire:
         self._cut = cut
         self._waiting: deque[list[Any]] = deque()
         self._pumping = False
+        self._retry: asyncio.TimerHandle | None = None
         self._socket: zmq.Socket[bytes] = (context or zmq.Context.instance()).socket(zmq.DEALER)
         for option, value in _OPTIONS:
             self._socket.setsockopt(option, value)
@@ -71,15 +73,13 @@ class Wire:
             self._waiting.append(frames)
         self._pump_soon()
 
-    def nudge(self) -> None:
-        """Tries again what waits, whether or not the socket has told that it takes more."""
-        self._pump_soon()
-
     def forget(self) -> None:
         """Drops what is kept: it was meant for a broker that is no more."""
         self._waiting.clear()
 
     def close(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_reader(self._monitor.fileno())
         self._socket.disable_monitor()
@@ -126,6 +126,13 @@ class Wire:
         wanted = zmq.POLLIN | zmq.POLLOUT if self._waiting else zmq.POLLIN
         if more or int(self._socket.get(zmq.EVENTS)) & wanted:
             self._pump_soon()
+        elif self._waiting and self._retry is None:
+            self._retry = self._loop.call_later(RETRY, self._again)
+
+    def _again(self) -> None:
+        """Nothing that waits depends on an edge of the descriptor alone."""
+        self._retry = None
+        self._pump()
 
     def _disconnected(self) -> None:
         cut = False
