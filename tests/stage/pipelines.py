@@ -1,6 +1,7 @@
 """A cluster inside one process, for tests: the real broker over tcp, stages, indexes, one client. Knows no test."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -107,6 +108,17 @@ class Watched(Index):
             self.asked.append(np.array(request.tensors[0].numpy()))
             await self.gate.wait()
         return await super().handle(request)
+
+
+class Brake:
+    """Holds a stage's compute thread until it is released."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._go = threading.Event()
+        stage._compute.submit(self._go.wait, 60)
+
+    def release(self) -> None:
+        self._go.set()
 
 
 @dataclass

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 from ralmq.client.client import Client
-from ralmq.errors import NoService, RalmqError, Refused
+from ralmq.errors import DeadlineExceeded, NoService, RalmqError, Refused
 from ralmq.workers.index.answer import MAX_PAYLOADS
 from ralmq.workers.index.datastore import build_datastore
 from ralmq.workers.index.sources import Document
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.writer import write_index
 from ralmq.workers.stage.last import PASSAGES
+from ralmq.workers.stage.worker import Stage
 from serving import until
 from stage.offline import Offline
-from stage.pipelines import Answered, Cluster, Watched, cluster, generated, lm, prompts, scored, stages
+from stage.pipelines import Answered, Brake, Cluster, Watched, cluster, generated, lm, prompts, scored, stages
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel
 
@@ -170,6 +171,32 @@ def test_rows_that_wait_for_neighbours_do_not_stop_the_others(checkpoint: Callab
         index.gate.set()
         assert [len(answer.tokens) for answer in await asyncio.gather(*waiting)] == [9] * 3
         assert index.vectors == 27
+
+    with_index(checkpoint(FAMILY), docs, body)
+
+
+def test_a_row_whose_time_is_up_leaves_those_that_asked_with_it(checkpoint: Callable[[str], Path], docs: Path) -> None:
+    """Two rows of one query: the index answers when the deadline of the first has passed."""
+
+    async def body(running: Cluster, index: Watched) -> None:
+        leader = running.hosts[0].worker
+        assert isinstance(leader, Stage)
+        brake = Brake(leader)  # so that both prompts are in one micro-batch
+        blockers = [asyncio.create_task(generated(running.client, [5], max_tokens=1)) for _ in range(4)]
+        await until(lambda: leader._leader is not None and leader._leader.flying == 4)
+        index.gate.clear()
+        short = asyncio.create_task(generated(running.client, PROMPT, max_tokens=9, deadline=2.0, retrieve=knn()))
+        long = asyncio.create_task(generated(running.client, PROMPT, max_tokens=9, retrieve=knn()))
+        await until(lambda: leader._leader is not None and len(leader._leader) == 6)
+        brake.release()
+        await asyncio.gather(*blockers)
+        await until(lambda: index.vectors == 2)
+        assert len(index.asked) == 1
+        await asyncio.wait([short])
+        assert isinstance(short.exception(), DeadlineExceeded)
+        await asyncio.sleep(0.2)  # longer than an error of the index would take
+        index.gate.set()
+        assert len((await long).tokens) == 9
 
     with_index(checkpoint(FAMILY), docs, body)
 

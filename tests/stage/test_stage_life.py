@@ -1,7 +1,6 @@
 """A pipeline whose askers give up, read slowly, or lose a stage: everything comes back, and the others go on."""
 
 import asyncio
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from ralmq.errors import DeadlineExceeded, RalmqError, WorkerFailed, WorkerLost
 from ralmq.workers.stage.leader import Phase
 from ralmq.workers.stage.worker import Stage
 from serving import until
-from stage.pipelines import MODEL, Cluster, cluster, generated, lm, prompts, stages
+from stage.pipelines import MODEL, Brake, Cluster, cluster, generated, lm, prompts, stages
 
 FAMILY = "llama"
 PROMPT = prompts(1, seed=3)[0]
@@ -33,17 +32,6 @@ def served(path: Path, count: int, body: Callable[[Cluster, list[Stage]], Any], 
 
 def phases(leader: Stage) -> list[Phase]:
     return [sequence.phase for sequence in leader._leader._sequences.values()] if leader._leader is not None else []
-
-
-class Brake:
-    """Holds a stage's compute thread until it is released."""
-
-    def __init__(self, stage: Stage) -> None:
-        self._go = threading.Event()
-        stage._compute.submit(self._go.wait, 60)
-
-    def release(self) -> None:
-        self._go.set()
 
 
 async def given_up(stream: Stream) -> None:

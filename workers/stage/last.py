@@ -205,7 +205,7 @@ class Last:
         for query, places in queries:
             query.vectors = entered[torch.tensor(places)].float().cpu().numpy()
             self._drop_broken(query, outcome)
-            query.until = min((self._sequences[key].until for key in query.keys), default=query.until)
+            query.until = max((self._sequences[key].until for key in query.keys), default=query.until)
             if query.keys:
                 outcome.queries.append(query)
 

@@ -22,7 +22,8 @@ class Query:
     Attributes:
         keys, positions: for each row, its sequence and the absolute position that it samples.
         vectors: float32 [rows, d].
-        until: the earliest deadline of the rows (time.monotonic()).
+        until: the latest deadline of the rows (time.monotonic()). With the earliest, a row whose time is up would take
+            the others with it; it ends by itself.
     """
 
     index: str
