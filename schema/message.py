@@ -235,7 +235,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """The asker of the request is gone: end it; the FINAL or ERROR that follows gives the credit back, nobody reads it."""
+    """The asker of the request is gone: end it. The FINAL or ERROR that follows gives the credit back, no more."""
 
 
 Message = (
