@@ -139,7 +139,7 @@ def checks_of(rows: Sequence[Row], idle_percent: dict[str, float], faults: int) 
     row = rows[1]
     for name in (ASYNCIO, POLLED):
         if name in row.ratio:
-            at_least(f"{row.label}: rate, of the {name} broker's", 5.0, row.ratio[name], required=name == ASYNCIO)
+            at_least(f"{row.label}: rate, of the {name} broker's", 5.0, row.ratio[name], required=name == POLLED)
     for place, bound, required in ((1, 0.70, True), (2, 0.85, True), (0, 0.30, False), (3, 0.75, False)):
         if PROXY in rows[place].ratio:
             at_least(f"{LABELS[place]}: rate, of the C proxy's", bound, rows[place].ratio[PROXY], required=required)
