@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .client.stream import Stream as Stream
     from .workers.base import Request as Request
     from .workers.base import Worker as Worker
+    from .workers.hooks import LogitsHook as LogitsHook
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ _FACE = {
     "Client": "client.client",
     "Generation": "client.generation",
     "Hits": "client.results",
+    "LogitsHook": "workers.hooks",
     "Reply": "client.results",
     "Request": "workers.base",
     "Stream": "client.stream",

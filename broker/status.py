@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .records import Peer
@@ -43,6 +44,7 @@ def snapshot(
                 "formed": True,
                 "stages": [stage.name for stage in pipeline.stages],
                 "missing": "",
+                "bubble": _bubbles(pipeline.stages),
             }
             for pipeline in pipelines.formed.values()
         ]
@@ -51,6 +53,21 @@ def snapshot(
             for model in sorted(models - {pipeline.model for pipeline in pipelines.formed.values()})
         ],
     }
+
+
+def _bubbles(stages: Sequence[Peer]) -> list[float | None]:
+    """Of each stage, the share of the time in which its pipeline had work that it stood idle; None before there is any.
+
+    Since the pipeline was formed, and as of the stages' last beats.
+    """
+    work = _seconds(stages[0], "work_s")
+    return [round(min(1.0, max(0.0, 1 - _seconds(s, "compute_s") / work)), 3) if work > 0 else None for s in stages]
+
+
+def _seconds(peer: Peer, gauge: str) -> float:
+    """A gauge is whatever the worker says."""
+    value = peer.gauges.get(gauge)
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1e12 else 0.0
 
 
 def _worker(peer: Peer) -> dict[str, Any]:

@@ -34,6 +34,12 @@ def pipeline(quick: Quick = False, as_json: Json = False) -> int:
 
 
 @bench.command()
+def engine(quick: Quick = False, as_json: Json = False) -> int:
+    """One span on one CPU thread, against transformers and CTranslate2 where installed; and its loading."""
+    return _run("engine", quick, as_json)
+
+
+@bench.command()
 def retrieval(quick: Quick = False, as_json: Json = False) -> int:
     """What kNN retrieval costs a generation, by interval and staleness."""
     return _run("retrieval", quick, as_json)

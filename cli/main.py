@@ -5,14 +5,16 @@ from typing import Annotated
 
 import typer
 
-from .ask import generate, search, status
+from .ask import search, status
 from .bench import bench
 from .demo import demo
 from .failures import DEBUG, Commands
+from .generate import generate
 from .index import index
 from .local import down, logs, up
 from .serve import broker, worker
 from .shared import show_help
+from .split import split
 
 app = typer.Typer(
     cls=Commands,
@@ -46,7 +48,7 @@ def _root(
     show_help(context)
 
 
-for command in (demo, up, down, status, logs, broker, worker, generate, search):
+for command in (demo, up, down, status, logs, broker, worker, generate, search, split):
     app.command()(command)
 app.add_typer(index, name="index")
 app.add_typer(bench, name="bench")

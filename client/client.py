@@ -168,9 +168,10 @@ class Client:
 
         Args:
             model: which model; the service is generate:<model>.
-            **options: max_tokens, temperature (0 = greedy), top_k, top_p, seed, stop, ignore_eos, logprobs, and for
-                retrieval: retrieve (name of the index), policy, interval, staleness, k, nprobe, knn_lambda,
-                knn_temperature. See generation.DEFAULTS.
+            **options: max_tokens, min_tokens, temperature (0 = greedy), top_k, top_p, min_p, repetition_penalty,
+                presence_penalty, frequency_penalty, logit_bias, seed, n, stop, stop_ids, ignore_eos, logprobs,
+                top_logprobs, echo, hooks; for retrieval: retrieve (name of the index), policy, interval, staleness, k,
+                nprobe, knn_lambda, knn_temperature. See generation.DEFAULTS and docs/sampling.md.
 
         Raises:
             TypeError: an option that does not exist.

@@ -1,7 +1,7 @@
 """What the calls of the client return. Plain data."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,17 +18,27 @@ class Reply:
     tensors: tuple[Tensor, ...] = ()
 
 
+class Alternative(NamedTuple):
+    """One of the most probable tokens of a position, and the natural logarithm of its probability."""
+
+    id: int
+    logprob: float
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token.
+    """One generated token; with echo, the prompt's come first.
 
     Attributes:
         text: what it adds to the text; may be empty while a character is incomplete or a stop string may begin.
         id: token id; -1 for text that was held back and is given at the end.
         position: absolute position in the sequence, the prompt included.
-        logprob: natural logarithm of its probability, where asked for.
+        logprob: natural logarithm of its probability, where asked for; None for the first token of an echoed prompt.
         passages: where retrieval was asked for: what was retrieved at this position, nearest first: what
             `Hits.payloads` holds, with the neighbour's `id` and `distance`.
+        top_logprobs: where asked for: the most probable tokens of this position, best first.
+        index: which of the n texts it belongs to.
     """
 
     text: str
@@ -36,6 +46,8 @@ class Token:
     position: int
     logprob: float | None = None
     passages: tuple[dict[str, Any], ...] = ()
+    top_logprobs: tuple[Alternative, ...] = ()
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ class Request:
         id, attempt: name the request in logs and in requests made on its behalf.
         deadline: event-loop time at which the broker gives it up; 0 for none.
         service: which of the worker's services was asked.
+        priority: 0 to 9, the highest first; what waits in the broker comes in that order already.
     """
 
     service: str
@@ -36,6 +37,7 @@ class Request:
     until: int = 0  # parts that may be sent; 0 for no bound
     ending: dict[str, Any] = field(default_factory=dict)  # what a stream says at its end
     granted: Callable[[], None] | None = None  # called when `until` has grown
+    priority: int = 4
 
 
 class Worker:

@@ -164,6 +164,7 @@ class Host:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + prefix.deadline / 1000 if prefix.deadline else 0.0
         request = Request(asked.service, asked.body, asked.tensors, prefix.id, prefix.attempt, deadline, asked.window)
+        request.priority = asked.priority
         job = Job(request)
         self._jobs[prefix.id, prefix.attempt] = job
         job.task = loop.create_task(self._answer(job))

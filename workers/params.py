@@ -1,8 +1,8 @@
 """What a generation may ask for, checked: sampling and retrieval. Knows values and ranges, not their use."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..schema.errors import Refused
 
@@ -28,7 +28,9 @@ class Checked(BaseModel):
             place = ".".join(map(str, first["loc"])) or "request"
             if first["type"] == "extra_forbidden":
                 raise Refused(f"unknown option {place}: there are {', '.join(cls.model_fields)}") from None
-            raise Refused(f"{place}: {first['msg']}") from None
+            said = first["msg"].removeprefix("Value error, ")
+            own = first["type"] == "value_error" and not first["loc"]  # of several fields, which it names
+            raise Refused(said if own else f"{place}: {said}") from None
 
 
 class Neighbours(Checked):
@@ -59,14 +61,36 @@ class Retrieval(Neighbours):
 
 
 class Sampling(Checked):
-    """How tokens are chosen, and when they end."""
+    """How tokens are chosen, and when they end; docs/sampling.md says what each does, and in which order.
+
+    Attributes:
+        stop_ids: token ids that end the text, beside the checkpoint's own.
+        logit_bias: pairs of id and what is added to its logit; a map is taken, too.
+        hooks: parameters of each logits hook that is to be used, by its name.
+    """
 
     max_tokens: int = Field(default=64, ge=1, le=MAX_TOKENS)
     temperature: float = Field(default=0.0, ge=0.0, le=1e3, allow_inf_nan=False)
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    logit_bias: tuple[tuple[int, Annotated[float, Field(ge=-100.0, le=100.0)]], ...] = Field(
+        default=(), max_length=1024
+    )
+    min_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
+    stop_ids: tuple[int, ...] = Field(default=(), max_length=64)
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    hooks: dict[str, dict[str, Any]] = Field(default={}, max_length=8)
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        return tuple(value.items()) if isinstance(value, dict) else value
 
 
 class Task(Sampling):
@@ -75,11 +99,11 @@ class Task(Sampling):
     Attributes:
         mode: "generate", or "score": hidden states and log-probabilities of the prompt itself.
         prompt: tokens of the original prompt, where the tensor also holds tokens generated before (a replay).
-        stop_ids: token ids that end the text, beside the checkpoint's own.
+        states: whether a score sends hidden states; without them only log-probabilities travel.
     """
 
     mode: Literal["generate", "score"] = "generate"
     seed: int = Field(default=0, ge=0, lt=1 << 63)
-    stop_ids: tuple[int, ...] = Field(default=(), max_length=64)
     prompt: int | None = Field(default=None, ge=1)
+    states: bool = True
     retrieve: Retrieval | None = None

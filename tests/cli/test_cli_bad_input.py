@@ -13,7 +13,21 @@ from typer.testing import CliRunner
 CASES = {
     "no such command": (["fly"], "No such command 'fly'"),
     "no such option": (["up", "--wings", "2"], "No such option: --wings"),
-    "a missing argument": (["generate", "--model", "demo"], "Missing argument"),
+    "a missing argument": (["search", "--k", "2"], "Missing argument"),
+    "no prompt": (["generate", "--model", "demo"], "give a prompt, or --prompts FILE"),
+    "two prompts": (
+        ["generate", "a", "--model", "m", "--prompts", "t.txt"],
+        "give a prompt, or --prompts FILE, not both",
+    ),
+    "a bias of no token": (
+        ["generate", "a", "--model", "m", "--logit-bias", "x=1"],
+        "--logit-bias x=1: give a token id",
+    ),
+    "parameters of a hook": (["generate", "a", "--model", "m", "--hook", "h=[1]"], "parameters as a JSON object"),
+    "a missing file of prompts": (
+        ["generate", "--model", "m", "--prompts", "gone.jsonl"],
+        "gone.jsonl: cannot be read",
+    ),
     "an option of another type": (["search", "docs", "text", "--k", "many"], "'--k': Input should be a valid integer"),
     "an unknown policy": (["generate", "a", "--model", "m", "--retrieve", "d", "--policy", "magic"], "magic"),
     "retrieval options alone": (["generate", "a", "--model", "m", "--interval", "2"], "--interval without --retrieve"),

@@ -10,8 +10,9 @@ import pytest
 import torch
 from checkpoints import CONTEXT, FAMILIES, HIDDEN, VOCAB, tiny
 from ralmq.workers.engine.checkpoint import Checkpoint
-from ralmq.workers.engine.config import RopeScaling, read_config
+from ralmq.workers.engine.config import read_config
 from ralmq.workers.engine.errors import CheckpointError
+from ralmq.workers.engine.model import Rope
 from ralmq.workers.engine.span import Row, Span
 from safetensors.torch import load_file, save_file
 
@@ -37,12 +38,18 @@ def copy(llama: Path, tmp_path: Path) -> Path:
 def test_config_of_every_family(tmp_path: Path, family: str) -> None:
     config = read_config(tiny(family, tmp_path))
     assert (config.layers, config.hidden, config.vocab, config.context) == (4, HIDDEN, VOCAB, CONTEXT)
-    assert (config.heads, config.kv_heads) == (4, 4 if family == "gpt2" else 2)
-    assert config.head_dim == (32 if family == "qwen3" else 16)
+    old = family in ("gpt2", "opt")
+    assert (config.heads, config.kv_heads) == (4, 4 if old else 2)
+    assert config.head_dim == (32 if family in ("qwen3", "gemma2", "gemma3_text") else 16)
     assert config.intermediate == (256 if family == "gpt2" else 96)
-    assert config.family == ("gpt2" if family == "gpt2" else "llama")
-    assert (config.qk_norm, config.qkv_bias) == (family == "qwen3", family in ("gpt2", "qwen2"))
-    assert (config.eos_ids, config.bos_id, config.tied) == ((2,), 1, family == "gpt2")
+    own = {"mistral": "llama", "qwen2": "llama", "qwen3": "llama", "gemma2": "gemma", "gemma3_text": "gemma"}
+    assert config.family == own.get(family, family)
+    assert config.qk_norm is (family in ("qwen3", "gemma3_text", "qwen3_moe"))
+    assert config.qkv_bias is (old or family == "qwen2")
+    assert config.tied is (old or family.startswith("gemma"))
+    assert len(config.ropes) == (0 if old else 2 if family == "gemma3_text" else 1)
+    assert config.windows == ((12, 0, 12, 0) if family.startswith("gemma") else ())
+    assert (config.eos_ids, config.bos_id) == ((2,), 1)
 
 
 def test_both_spellings_of_transformers_give_the_same_config(copy: Path) -> None:
@@ -50,10 +57,10 @@ def test_both_spellings_of_transformers_give_the_same_config(copy: Path) -> None
     new = read_config(copy)
     edit(copy / "config.json", rope_parameters=..., rope_theta=500.0, rope_scaling=None, torch_dtype="float32")
     assert read_config(copy) == new
-    assert new.rope_theta == 500.0
+    assert new.ropes == (Rope(500.0, 16),)
     for key in ("rope_type", "type"):
         edit(copy / "config.json", rope_scaling={key: "linear", "factor": 2.0})
-        assert read_config(copy).rope_scaling == RopeScaling("linear", 2.0)
+        assert read_config(copy).ropes == (Rope(500.0, 16, "linear", 2.0),)
 
 
 def test_end_ids_come_from_both_files(copy: Path) -> None:
@@ -68,8 +75,7 @@ def test_end_ids_come_from_both_files(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is unknown; use one of gpt2, llama"),
-        ({"model_type": ...}, "model_type None is unknown"),
+        ({"model_type": ...}, "model_type is None where a name is needed; use one of gpt2, opt, llama"),
         ({"hidden_size": ...}, "hidden_size is None where a positive integer"),
         ({"num_hidden_layers": "4"}, "num_hidden_layers is '4'"),
         ({"vocab_size": True}, "vocab_size is True"),
@@ -82,12 +88,19 @@ def test_end_ids_come_from_both_files(copy: Path) -> None:
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
         ({"head_dim": 15}, "head_dim 15 is odd"),
         ({"quantization_config": {"bits": 4}}, "quantized checkpoints"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "ntk", "factor": 4.0}}, "rope_parameters 'ntk' is not supported"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor is None where a positive number"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 7}}, "where 8 positive numbers"),
         ({"rope_parameters": ..., "rope_scaling": {"type": "dynamic"}}, "rope_scaling 'dynamic' is not supported"),
         ({"rope_parameters": 3}, "rope_parameters is 3 where an object"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"model_type": "mistral", "sliding_window": 100}, "sliding_window 100 is narrower than the context 256"),
-        ({"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": True}, "sliding_window 100"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.2}}, "gives 3 rotary dimensions"),
+        ({"model_type": "mistral", "sliding_window": "wide"}, "sliding_window is 'wide'"),
+        (
+            {"model_type": "qwen2", "sliding_window": 9, "use_sliding_window": True, "layer_types": ["chunked"]},
+            "layer_types is ['chunked'] where full_attention or sliding_attention",
+        ),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5}, "is more than the 4 experts"),
     ],
 )
 def test_a_config_that_the_engine_would_get_wrong(copy: Path, changes: dict[str, Any], message: str) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ralmq.workers.engine.kv import KVCache
-from ralmq.workers.engine.pool import BLOCK, BlockPool
+from ralmq.workers.engine.pool import BLOCK, BlockPool, block_key
 
 
 def test_what_is_written_to_slots_is_read_by_table() -> None:
@@ -32,6 +32,34 @@ def test_pool_gives_each_block_once() -> None:
     assert pool.take(0) == [] and pool.take(1) is None
     pool.free([first[1], rest[0]])
     assert sorted(pool.take(2) or []) == sorted([first[1], rest[0]])
+
+
+def test_named_blocks_are_found_until_they_are_taken_anew() -> None:
+    """Freed blocks keep what they hold; those without a name go first, then the one freed longest ago."""
+    pool = BlockPool(4)
+    keys = [block_key(b"", [1] * BLOCK)]
+    keys.append(block_key(keys[0], [2] * BLOCK))
+    held = pool.take(3) or []
+    for block, key in zip(held, keys, strict=False):
+        pool.name(block, key)
+    assert pool.find(keys) == held[:2] and pool.find([keys[1]]) == [held[1]] and pool.named == 2
+    assert pool.find([b"x", *keys]) == []
+    pool.share(held[:1])
+    pool.free(held)
+    assert pool.available == 3 and pool.find(keys) == held[:2], "freed, and still found"
+    pool.free(held[:1])
+    assert pool.available == 4
+    assert sorted(pool.take(2) or []) == sorted({0, 1, 2, 3} - set(held[:2])), "those without a name first"
+    pool.share(pool.find(keys[:1]))
+    assert pool.take(2) is None and pool.take(1) == held[1:2] and pool.find(keys) == held[:1]
+    pool.name(held[1], keys[0])  # it holds the same as another: that one is found
+    assert pool.find(keys) == held[:1] and pool.named == 1
+
+
+def test_keys_tell_what_lies_before() -> None:
+    first, other = block_key(b"", [1] * BLOCK), block_key(b"", [2] * BLOCK)
+    assert block_key(first, [3] * BLOCK) != block_key(other, [3] * BLOCK) != block_key(b"", [3] * BLOCK)
+    assert block_key(first, [3] * BLOCK) == block_key(first, [3] * BLOCK)
 
 
 def test_pool_refuses_what_is_not_taken() -> None:

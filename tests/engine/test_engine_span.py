@@ -9,12 +9,13 @@ import pytest
 import torch
 from chain import Chain
 from checkpoints import CONTEXT, FAMILIES, HIDDEN, VOCAB, tiny_model
-from ralmq.workers.engine.checkpoint import Checkpoint
+from ralmq.workers.engine.checkpoint import Checkpoint, Entry
 from ralmq.workers.engine.span import Row, Span
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 BOUND = 1e-4
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 Made = tuple[Path, PreTrainedModel]
 Make = Callable[..., Made]
 
@@ -70,6 +71,18 @@ def test_logits_are_those_of_transformers_and_splitting_changes_no_bit(make: Mak
         ("gpt2", {"activation_function": "gelu"}),
         ("gpt2", {"n_inner": 100, "activation_function": "relu"}),
         ("mistral", {"sliding_window": CONTEXT}),
+        ("opt", {"enable_bias": False, "activation_function": "gelu"}),
+        ("gemma2", {"attention_bias": True, "attn_logit_softcapping": None, "final_logit_softcapping": 2.0}),
+        ("gemma3_text", {"attention_bias": True, "final_logit_softcapping": 2.0}),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
+        ("mixtral", {"num_experts_per_tok": 1, "head_dim": 32}),
+        ("qwen3_moe", {"norm_topk_prob": True, "attention_bias": True}),
+        ("qwen3_moe", {"mlp_only_layers": [0]}),
+        ("qwen3_moe", {"decoder_sparse_step": 2}),
+        ("qwen2", {"rope_parameters": {**YARN, "original_max_position_embeddings": 64}}),
+        ("llama", {"rope_parameters": {**YARN, "beta_fast": 4.0, "truncate": False}}),
+        ("llama", {"rope_parameters": {**YARN, "mscale": 2.0, "mscale_all_dim": 1.0}}),
+        ("qwen3", {"rope_parameters": {**YARN, "attention_factor": 0.9, "beta_slow": 0.5}}),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
         (
@@ -189,8 +202,10 @@ def test_two_sequences_may_share_the_blocks_of_a_common_prefix(make: Make) -> No
 def test_ffn_input_is_what_enters_the_last_mlp(make: Make, family: str) -> None:
     path, model = make(family)
     seen: list[Tensor] = []
-    mlp = model.transformer.h[-1].mlp if family == "gpt2" else model.model.layers[-1].mlp
-    hook = mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
+    layers = {"gpt2": "transformer.h", "opt": "model.decoder.layers"}.get(family, "model.layers")
+    last_layer = model.get_submodule(layers)[-1]
+    mlp = last_layer.fc1 if family == "opt" else last_layer.mlp
+    hook = mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].view(-1, HIDDEN)))
     ids = random_ids(30)
     reference(model, ids)
     hook.remove()
@@ -258,13 +273,13 @@ def test_a_span_opens_its_own_tensors_alone(
 ) -> None:
     path, model = make(family, tie_word_embeddings=tied)
     opened: list[str] = []
-    get = Checkpoint.get
+    entry = Checkpoint.entry
 
-    def spy(self: Checkpoint, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    def spy(self: Checkpoint, name: str) -> Entry:
         opened.append(name)
-        return get(self, name, shape)
+        return entry(self, name)
 
-    monkeypatch.setattr(Checkpoint, "get", spy)
+    monkeypatch.setattr(Checkpoint, "entry", spy)
     prefix = "transformer.h." if family == "gpt2" else "model.layers."
     layer = {number: {n for n in Checkpoint(path).names() if n.startswith(f"{prefix}{number}.")} for number in range(4)}
     outside = set(Checkpoint(path).names()) - set().union(*layer.values())
@@ -339,8 +354,8 @@ def test_arguments_that_make_no_span_are_refused(make: Make) -> None:
     for first, last in ((0, 5), (2, 2), (-1, 2), (3, 1)):
         with pytest.raises(ValueError, match=f"layers {first}:{last} are not a span of the model's 4 layers"):
             Span.load(path, first, last, blocks=1)
-    with pytest.raises(ValueError, match="dtype 'int8' is unknown; use one of fp32, bf16, fp16"):
-        Span.load(path, 0, 1, dtype="int8", blocks=1)
+    with pytest.raises(ValueError, match="dtype 'int4' is unknown; use one of fp32, bf16, fp16, int8"):
+        Span.load(path, 0, 1, dtype="int4", blocks=1)
     with pytest.raises(ValueError, match="give at least 1"):
         Span.load(path, 0, 1, blocks=0)
     with pytest.raises(ValueError, match="only the last span"):

@@ -55,7 +55,7 @@ class Cluster:
     async def settled(self) -> None:
         """Returns once nothing is open, no stage knows a sequence, and every block is free again."""
         leaders = [h.worker for h in self.hosts if isinstance(h.worker, Stage) and h.worker._leader is not None]
-        whole = [stage._leader._capacity for stage in leaders if stage._leader is not None]
+        whole = [stage._leader.memory.blocks for stage in leaders if stage._leader is not None]
 
         async def calm() -> bool:
             gauges = await self.gauges()

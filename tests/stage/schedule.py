@@ -4,13 +4,14 @@ Knows the rules that a schedule must keep, and breaks off where one is broken.
 """
 
 import random
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
 from ralmq.schema.message import Active, Return, Row
 from ralmq.workers.engine.pool import BLOCK
-from ralmq.workers.stage.leader import Batch, Key, Leader, Phase, Sequence
+from ralmq.workers.stage.batch import Batch, Key, Phase, Sequence
+from ralmq.workers.stage.leader import SCORED, Leader
 
 
 @dataclass(eq=False)
@@ -28,51 +29,73 @@ class Asked:
 
 @dataclass
 class Known:
-    """A sequence at the last stage."""
+    """A sequence at the last stage: tokens that it has, the first `length` of them the prompt."""
 
+    total: int
     wants: int
+    scored: bool
     made: int = 0
     parked: bool = False
 
 
 @dataclass
 class Pipe:
-    """A leader, and `stages` stages that compute nothing."""
+    """A leader, and `stages` stages that compute nothing.
+
+    Attributes:
+        failures: chance that a stage fails with a micro-batch.
+        order: keys in the order of their first rows.
+        parks: chance that a row waits for neighbours.
+        batches: of each micro-batch, how many next tokens and how many tokens of prompts; `riders` are its sequences.
+        computed: tokens that went through the stages, of each sequence.
+    """
 
     seed: int
     stages: int
     blocks: int
     max_rows: int
-    failures: float = 0.0  # chance that a stage fails with a micro-batch
+    failures: float = 0.0
+    chunk: int = 256
+    parks: float = 0.3
     asked: dict[Key, Asked] = field(default_factory=dict)
-    order: list[Key] = field(default_factory=list)  # of first rows
-    prompts: list[int] = field(default_factory=list)  # rows of each micro-batch of prompts
-    tokens: list[int] = field(default_factory=list)  # and of each of next tokens
+    order: list[Key] = field(default_factory=list)
+    batches: list[tuple[int, int]] = field(default_factory=list)
+    riders: list[list[Key]] = field(default_factory=list)
+    computed: Counter[Key] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        self.leader = Leader(self.stages, self.blocks, self.max_rows)
+        self.leader = Leader(self.stages, self.blocks, self.max_rows, self.chunk)
         self._queues: list[deque[Batch]] = [deque() for _ in range(self.stages)]
         self._way_back: deque[tuple[int, tuple[Return, ...]]] = deque()
-        self._slots: list[dict[int, tuple[Key, int]]] = [{} for _ in range(self.stages)]
+        self._slots: list[dict[int, tuple[int, ...]]] = [{} for _ in range(self.stages)]
         self._known: dict[Key, Known] = {}
         self._count = 0
-        self._prompts_last = False
+        self._reached: dict[Key, int] = {}
 
     # -- what happens from outside
 
-    def add(self, prompt: int, wants: int, takes: int = 0, score: bool = False) -> Asked:
-        """A request of `prompt` tokens for `wants` new ones (one row alone where it is a score)."""
+    def add(
+        self,
+        prompt: int | list[int],
+        wants: int,
+        takes: int = 0,
+        score: bool = False,
+        priority: int = 4,
+    ) -> Asked:
+        """A request with a prompt (of so many tokens of its own) for `wants` new tokens (none where it is a score)."""
         self._count += 1
         key = (self._count.to_bytes(16, "big"), 0)
-        params: dict[str, Any] = {"feed": prompt - 1} if score else {}
-        need = prompt - 1 if score else prompt + wants - 1
+        tokens = prompt if isinstance(prompt, list) else [1000 * self._count + place for place in range(prompt)]
+        params: dict[str, Any] = {"feed": len(tokens) - 1} if score else {}
+        need = len(tokens) - 1 if score else len(tokens) + wants - 1
         asked = Asked(None, 0 if score else wants, takes)  # type: ignore[arg-type]
 
         def ended() -> None:
             asked.ends += 1
 
-        asked.sequence = Sequence(*key, list(range(prompt)), params, need, lambda: asked.takes, ended)
+        own = len(tokens) if score else 1
+        asked.sequence = Sequence(*key, list(tokens), params, need, lambda: asked.takes, ended, priority, own)
         self.asked[key] = asked
         self.leader.add(asked.sequence)
         self.drive()
@@ -88,6 +111,17 @@ class Pipe:
         self.leader.granted(asked.sequence.key)
         self.drive()
 
+    def finish(self, most: int = 200_000) -> None:
+        """Moves until nothing is left; readers read on."""
+        for _ in range(most):
+            if not len(self.leader) and self.idle:
+                return
+            for asked in self.asked.values():
+                if asked.takes and asked.sequence.phase is Phase.PAUSED:
+                    self.grant(asked, 16)
+            self.move()
+        raise AssertionError("it never ends")
+
     # -- what happens inside
 
     @property
@@ -99,17 +133,20 @@ class Pipe:
         """Sequences that the last stage knows."""
         return len(self._known)
 
+    @property
+    def free(self) -> int:
+        return self.leader.memory.available
+
     def drive(self) -> None:
         """As the link's side does after each event."""
         while True:
-            fresh, ready = bool(self.leader._fresh), bool(self.leader._ready)
             batch = self.leader.next()
             self.check()
             if batch is None:
                 return
             assert bool(batch.number) == bool(batch.rows), "a number stands for rows"
             if batch.rows:
-                self._check_turn(batch, fresh, ready)
+                self._check_batch(batch)
             self._queues[0].append(batch)
 
     def move(self) -> None:
@@ -146,31 +183,44 @@ class Pipe:
             self._last(batch)
 
     def _write(self, place: int, row: Row) -> None:
-        """The cache of one stage: what the row reads must be its own, all of it."""
-        key, slots = (row.id, row.attempt), self._slots[place]
+        """The cache of one stage: what the row reads must be there, computed for exactly these tokens."""
+        asked, slots = self.asked[row.id, row.attempt], self._slots[place]
+        if asked.failed:
+            return
         end = row.position + row.length
+        tokens = tuple(asked.sequence.tokens[:end])
         assert row.length > 0 and len(row.blocks) == -(-end // BLOCK), "blocks cover the row, and no more"
         for position in range(end):
             slot = row.blocks[position // BLOCK] * BLOCK + position % BLOCK
+            holds = tokens[max(0, position - 40) : position + 1]
             if position >= row.position:
-                slots[slot] = key, position
-            assert slots[slot] == (key, position), "another sequence wrote to a block in use"
+                slots[slot] = holds
+            assert slots.get(slot) == holds, "it reads what was computed for other tokens"
+        if place == 0:
+            self.computed[row.id, row.attempt] += row.length
 
     def _last(self, batch: Batch) -> None:
         returns: list[Return] = []
         for start in batch.starts:
             row = batch.rows[start.row]
             key = (row.id, row.attempt)
-            self._known[key] = Known(self.asked[key].wants)
+            feed = start.params.get("feed")
+            self._known[key] = Known(feed or start.length, self.asked[key].wants, feed is not None)
         for row in batch.rows:
             key = (row.id, row.attempt)
             known = self._known.get(key)
             if known is None:
                 returns.append(Return(*key, -1, True))
-            elif known.wants and self.random.random() < 0.3:
-                known.parked = True
-            else:
-                returns.append(self._sampled(key))
+                continue
+            asked = self.asked[key]
+            if known.scored:
+                asked.has += 1
+                assert row.length <= SCORED and (not asked.takes or asked.has <= asked.takes), "more than is taken"
+            if row.position + row.length == known.total:
+                if not known.scored and self.random.random() < self.parks:
+                    known.parked = True
+                else:
+                    returns.append(self._sampled(key))
         for over in batch.ended:
             self._known.pop((over.id, over.attempt), None)
             returns.append(Return(over.id, over.attempt, -1, True))
@@ -179,10 +229,11 @@ class Pipe:
 
     def _sampled(self, key: Key) -> Return:
         known, asked = self._known[key], self.asked[key]
-        if not known.wants:  # a score
+        if known.scored:
             del self._known[key]
             return Return(*key, -1, True)
         known.made += 1
+        known.total += 1
         asked.has += 1
         assert not asked.takes or asked.has <= asked.takes, "more tokens than the reader takes"
         done = known.made == known.wants
@@ -196,32 +247,41 @@ class Pipe:
     # -- the rules
 
     def check(self) -> None:
-        """No block has two owners or none; flights are counted; a row on its way still owns its blocks."""
+        """Blocks are counted right; so are flights; a row on its way still holds its blocks."""
         leader = self.leader
-        live = list(leader._sequences.values())
-        owned = [block for sequence in live for block in sequence.blocks]
-        assert len(owned) == len(set(owned)), "a block with two owners"
-        assert len(owned) + leader.free_blocks == self.blocks, "a block leaked"
-        flying = [batch for queue in self._queues for batch in queue]
-        numbers = sum(bool(batch.number) for batch in flying) + sum(bool(number) for number, _ in self._way_back)
-        assert leader.flying in (numbers, numbers + 1), "micro-batches are counted wrong"  # + 1: just made
+        pool = leader.memory._pool
+        holders = Counter(block for sequence in leader._sequences.values() for block in sequence.blocks)
+        assert [holders[block] for block in range(self.blocks)] == pool._holders, "holders are counted wrong"
+        assert self.free == self.blocks - len(holders), "a block leaked"
+        assert len(pool._named) == sum(key is not None for key in pool._keys)
+        flying = [batch for queue in self._queues for batch in queue if batch.number]
+        numbers = {batch.number for batch in flying} | {number for number, _ in self._way_back if number}
+        assert len(set(leader._flights) ^ numbers) <= 1, "micro-batches are counted wrong"  # 1: just made
         assert leader.flying <= 2 * self.stages, "too many micro-batches under way"
         for batch in flying:
             for row in batch.rows:
-                sequence = leader._sequences[row.id, row.attempt]
-                assert sequence.phase is Phase.FLYING and set(row.blocks) <= set(sequence.blocks)
+                sequence = leader._sequences.get((row.id, row.attempt))
+                assert sequence is not None and set(row.blocks) <= set(sequence.blocks), "its blocks are given away"
 
-    def _check_turn(self, batch: Batch, fresh: bool, ready: bool) -> None:
-        assert len({(row.id, row.attempt) for row in batch.rows}) == len(batch.rows) <= self.max_rows
+    def _check_batch(self, batch: Batch) -> None:
+        keys = [(row.id, row.attempt) for row in batch.rows]
+        assert len(set(keys)) == len(keys) <= self.max_rows
         assert len(batch.ids) == sum(row.length for row in batch.rows)
-        prompts = bool(batch.starts)
-        (self.prompts if prompts else self.tokens).append(len(batch.rows))
-        assert not prompts or len(batch.starts) == len(batch.rows), "prompts and next tokens do not mix"
-        if prompts:
-            assert not (self._prompts_last and ready), "prompts twice in turn while tokens waited"
-            assert len(batch.prompts) == sum(start.length for start in batch.starts)
-            self.order += [(row.id, row.attempt) for row in batch.rows]
-        else:
-            assert self._prompts_last or not fresh, "tokens twice in turn while prompts waited"
-            assert all(row.length == 1 for row in batch.rows), "a token is computed once"
-        self._prompts_last = prompts
+        assert len(batch.prompts) == sum(start.length for start in batch.starts)
+        tokens = prompts = 0
+        pool, begin = self.leader.memory._pool, 0
+        fresh = {start.row for start in batch.starts}
+        for place, (key, row) in enumerate(zip(keys, batch.rows, strict=True)):
+            sequence = self.asked[key].sequence
+            assert batch.ids[begin : begin + row.length] == sequence.tokens[row.position : row.position + row.length]
+            begin += row.length
+            assert row.position in (self._reached.get(key), 0) or place in fresh or not row.position % BLOCK
+            self._reached[key] = row.position + row.length
+            written = {row.blocks[p // BLOCK] for p in range(row.position, row.position + row.length)}
+            assert all(pool._holders[block] == 1 for block in written), "it writes to a block of another sequence, too"
+            one = row.length == 1 and place not in fresh
+            tokens, prompts = tokens + one, prompts + (0 if one else row.length)
+        assert prompts <= self.chunk
+        self.batches.append((tokens, prompts))
+        self.riders.append(keys)
+        self.order += [keys[start.row] for start in batch.starts]

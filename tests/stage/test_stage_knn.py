@@ -182,12 +182,12 @@ def test_a_row_whose_time_is_up_leaves_those_that_asked_with_it(checkpoint: Call
         leader = running.hosts[0].worker
         assert isinstance(leader, Stage)
         brake = Brake(leader)  # so that both prompts are in one micro-batch
-        blockers = [asyncio.create_task(generated(running.client, [5], max_tokens=1)) for _ in range(4)]
-        await until(lambda: leader._leader is not None and leader._leader.flying == 4)
+        blockers = [asyncio.create_task(generated(running.client, [5], max_tokens=1)) for _ in range(2)]
+        await until(lambda: leader._leader is not None and leader._leader.flying == 2)
         index.gate.clear()
         short = asyncio.create_task(generated(running.client, PROMPT, max_tokens=9, deadline=2.0, retrieve=knn()))
         long = asyncio.create_task(generated(running.client, PROMPT, max_tokens=9, retrieve=knn()))
-        await until(lambda: leader._leader is not None and len(leader._leader) == 6)
+        await until(lambda: leader._leader is not None and len(leader._leader) == 4)
         brake.release()
         await asyncio.gather(*blockers)
         await until(lambda: index.vectors == 2)

@@ -1,115 +1,15 @@
 """The last stage's book-keeping and mixing, on a span whose hidden states are a table by position."""
 
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from ralmq.schema.errors import NoService
-from ralmq.schema.message import Error, Final, Partial, Return, Row
-from ralmq.workers.params import Retrieval, Task
-from ralmq.workers.stage.last import CHUNK, PASSAGES, Last, Outcome
-from ralmq.workers.stage.leader import Key
-from ralmq.workers.stage.neighbours import Neighbours, Query
-
-D, VOCAB, CONTEXT, EOS = 4, 16, 1200, 2
-random = np.random.default_rng(0)
-HIDDEN = torch.tensor(random.normal(size=(CONTEXT, D)), dtype=torch.float32)
-ENTERED = torch.tensor(random.normal(size=(CONTEXT, D)), dtype=torch.float32)
-HEAD = torch.tensor(random.normal(size=(D, VOCAB)), dtype=torch.float32)
-
-
-class Head:
-    """What Last needs of a span."""
-
-    config = SimpleNamespace(eos_ids=(EOS,), hidden=D, context=CONTEXT, vocab=VOCAB)
-
-    def head(self, hidden: torch.Tensor, want: Any = None) -> torch.Tensor:
-        return (hidden if want is None else hidden[torch.tensor(want)]) @ HEAD
-
-
-def new() -> Last:
-    return Last(Head(), "print")  # type: ignore[arg-type]
-
-
-def key_of(number: int) -> Key:
-    return number.to_bytes(16, "big"), 0
-
-
-def start(last: Last, number: int, length: int, /, metric: str = "l2", **task: Any) -> Key:
-    body = Task(**{"ignore_eos": True, **task})
-    params = {"task": body.model_dump(exclude_defaults=True), "limit": body.max_tokens, "metric": metric}
-    last.start(key_of(number), np.arange(length, dtype=np.int32) % VOCAB, params)
-    return key_of(number)
-
-
-def step(last: Last, *rows: tuple[Key, int, int]) -> Outcome:
-    """A micro-batch of rows (key, position, length)."""
-    places = torch.tensor([p for _, position, length in rows for p in range(position, position + length)])
-    made = tuple(Row(*key, position, length, ()) for key, position, length in rows)
-    return last.step(made, HIDDEN[places], ENTERED[places])
-
-
-def neighbours(vector: np.ndarray, k: int) -> Neighbours:
-    """An index whose neighbours follow from the vector alone."""
-    own = np.random.default_rng(abs(int(vector[0] * 1e6)))
-    following = own.integers(0, VOCAB, (k, 8)).astype(np.int32)
-    following[-1] = -1  # behind a document's end
-    return Neighbours(own.uniform(0, 30, k).astype(np.float32), following, [])
-
-
-def merged(first: Outcome, *others: Outcome) -> Outcome:
-    for other in others:
-        first.sent += other.sent
-        first.returns += other.returns
-        first.queries += other.queries
-    return first
-
-
-def answered(last: Last, queries: list[Query]) -> Outcome:
-    return merged(
-        Outcome(), *[last.answered(query, [neighbours(v, query.k) for v in query.vectors]) for query in queries]
-    )
-
-
-def run(last: Last, key: Key, prompt: int) -> tuple[list[dict[str, Any]], list[Query], dict[str, Any]]:
-    """All tokens of one sequence alone: bodies of its parts, the queries sent, and its end."""
-    parts: list[dict[str, Any]] = []
-    queries: list[Query] = []
-    position, length = 0, prompt
-    while True:
-        outcome = step(last, (key, position, length))
-        asked = list(outcome.queries)
-        queries += asked
-        merged(outcome, answered(last, asked))
-        for message, whose, number in outcome.sent:
-            assert whose == key
-            if isinstance(message, Final):
-                assert outcome.returns == [Return(*key, parts[-1]["token"], True)]
-                return parts, queries, message.body
-            assert isinstance(message, Partial) and number == len(parts)
-            parts.append(message.body)
-        assert outcome.returns == [Return(*key, parts[-1]["token"], False)]
-        position, length = position + length, 1
-
-
-def lm(position: int) -> np.ndarray:
-    """p of the token at a position, float64."""
-    logits = (HIDDEN[position - 1] @ HEAD).double().numpy()
-    p = np.exp(logits - logits.max())
-    return p / p.sum()
-
-
-def knn(position: int, k: int, temperature: float, which: int, metric: str = "l2") -> np.ndarray:
-    """kNN-LM's p, straight from its definition, of the query at a position."""
-    found = neighbours(ENTERED[position - 1].numpy(), k)
-    p = np.zeros(VOCAB)
-    for distance, tokens in zip(found.distances.astype(np.float64), found.following, strict=True):
-        if tokens[which] >= 0:
-            p[tokens[which]] += math.exp((-distance if metric == "l2" else distance) / temperature)
-    return p / p.sum()
+from ralmq.schema.message import Error, Final, Partial, Return
+from ralmq.workers.params import Retrieval
+from ralmq.workers.stage.last import CHUNK, PASSAGES, Outcome
+from ralmq.workers.stage.neighbours import Neighbours
+from stage.table import CONTEXT, ENTERED, EOS, VOCAB, D, answered, key_of, knn, lm, neighbours, new, run, start, step
 
 
 def test_plain_rows_end_by_their_limit() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ralmq.client.stream import Stream
 from ralmq.errors import DeadlineExceeded, RalmqError, WorkerFailed, WorkerLost
-from ralmq.workers.stage.leader import Phase
+from ralmq.workers.stage.batch import Phase
 from ralmq.workers.stage.worker import Stage
 from serving import until
 from stage.pipelines import MODEL, Brake, Cluster, cluster, generated, lm, prompts, stages
@@ -48,13 +48,13 @@ def test_cancel_while_a_row_is_on_its_way(place: int, checkpoint: Callable[[str]
     async def body(running: Cluster, members: list[Stage]) -> None:
         brake = Brake(members[place])
         streams = [lm(running.client, PROMPT, max_tokens=100, ignore_eos=True) for _ in range(3)]
-        await until(lambda: phases(members[0]) == [Phase.FLYING] * 3)
+        await until(lambda: phases(members[0]) == [Phase.AWAITED] * 3)
         for stream in streams:
             await given_up(stream)
         await asyncio.sleep(0.2)
         gauges = (await running.gauges())[0]
         assert gauges["in_flight"] == 3 and gauges["sequences"] == 3, "blocks are in use"
-        assert members[0]._leader.free_blocks < members[0]._leader._capacity  # type: ignore[union-attr]
+        assert members[0]._leader.memory.available < members[0]._leader.memory.blocks  # type: ignore[union-attr]
         brake.release()
         await running.settled()
         assert len((await generated(running.client, PROMPT, max_tokens=5)).tokens) == 5
@@ -64,17 +64,34 @@ def test_cancel_while_a_row_is_on_its_way(place: int, checkpoint: Callable[[str]
 
 def test_cancel_while_it_waits_for_blocks(checkpoint: Callable[[str], Path]) -> None:
     async def body(running: Cluster, members: list[Stage]) -> None:
-        long = {"max_tokens": 250, "ignore_eos": True, "window": 2}
-        first = [lm(running.client, [5, 6], **long) for _ in range(2)]
-        await until(lambda: phases(members[0]) == [Phase.PAUSED] * 2)
-        waiting = [lm(running.client, [5, 6], **long) for _ in range(2)]
-        await until(lambda: phases(members[0]) == [Phase.PAUSED] * 2 + [Phase.WAITING] * 2)
+        brake = Brake(members[1])
+        long = [np.random.default_rng(seed).integers(3, 100, 240).tolist() for seed in range(4)]
+        first = [lm(running.client, prompt, max_tokens=3) for prompt in long[:2]]
+        waiting = [lm(running.client, prompt, max_tokens=3) for prompt in long[2:]]
+        await until(lambda: phases(members[0]).count(Phase.WAITING) == 2)
         await given_up(waiting[0])
         await until(lambda: len(phases(members[0])) == 3)
         await given_up(first[0])
-        await anext(waiting[1])  # the blocks that came free are its own now
-        for stream in (first[1], waiting[1]):
-            await given_up(stream)
+        brake.release()
+        for stream in (first[1], waiting[1]):  # the blocks that came free serve the one that waited
+            assert len([part async for part in stream]) == 3
+
+    served(checkpoint(FAMILY), 2, body, **TWO_LONG)
+
+
+def test_slow_readers_give_way(checkpoint: Callable[[str], Path]) -> None:
+    """Their blocks serve others meanwhile; they go on with the tokens that they would have had."""
+
+    async def body(running: Cluster, members: list[Stage]) -> None:
+        long = {"max_tokens": 60, "ignore_eos": True}
+        starts = [np.random.default_rng(seed).integers(3, 100, 190).tolist() for seed in range(4)]
+        slow = [lm(running.client, prompt, window=2, **long) for prompt in starts[:2]]
+        await until(lambda: phases(members[0]) == [Phase.PAUSED] * 2)
+        others = await asyncio.gather(*[generated(running.client, prompt, max_tokens=60) for prompt in starts[2:]])
+        assert [len(other.tokens) for other in others] == [60] * 2
+        assert members[0]._leader is not None and members[0]._leader.preempted >= 2
+        read = [[part.body["token"] async for part in stream] for stream in slow]
+        assert read == [(await generated(running.client, prompt, max_tokens=60)).tokens for prompt in starts[:2]]
 
     served(checkpoint(FAMILY), 2, body, **TWO_LONG)
 
@@ -165,9 +182,9 @@ def test_a_message_that_cannot_travel_ends_its_sequence(checkpoint: Callable[[st
         assert last is not None
         took = last._took
 
-        def too_large(sequence: Any, position: int, token: int, log_p: Any, found: Any, outcome: Any) -> None:
-            took(sequence, position, token, log_p, found, outcome)
-            if position == 70:
+        def too_large(sequence: Any, body: dict[str, Any], outcome: Any) -> None:
+            took(sequence, body, outcome)
+            if body["position"] == 70:
                 outcome.sent[-1][0].body["passages"] = bytes(2 << 20)
 
         last._took = too_large  # type: ignore[method-assign]
@@ -184,7 +201,7 @@ def test_a_message_that_cannot_travel_ends_its_sequence(checkpoint: Callable[[st
             np.zeros((1, 300 << 20), np.uint8) if rows[0].count == 65 else forward(rows, ids)
         )
         with pytest.raises(WorkerFailed, match="Malformed: a tensor"):
-            await generated(running.client, [7] * 65, max_tokens=20)
+            await generated(running.client, [8] * 65, max_tokens=20)
         assert len((await generated(running.client, PROMPT, max_tokens=20)).tokens) == 20
 
     served(checkpoint(FAMILY), 2, body)
@@ -239,7 +256,7 @@ def test_what_was_computed_for_a_pipeline_that_is_over_is_dropped(
         before = await generated(running.client, PROMPT, max_tokens=30)
         brake = Brake(members[place])
         streams = [lm(running.client, prompt, max_tokens=30, ignore_eos=True) for prompt in prompts(3)]
-        await until(lambda: phases(members[0]) == [Phase.FLYING] * 3 and (place == 0 or members[1]._waiting >= 2))
+        await until(lambda: phases(members[0]) == [Phase.AWAITED] * 3 and (place == 0 or members[1]._waiting >= 2))
         leader = members[0]._leader
         await running.kill(members[2])
         for stream in streams:
@@ -248,7 +265,7 @@ def test_what_was_computed_for_a_pipeline_that_is_over_is_dropped(
         await running.add(Stage(model=str(checkpoint(FAMILY)), stage="2/3", name=MODEL))
         await until(lambda: members[0]._leader not in (None, leader))
         asked = asyncio.create_task(generated(running.client, PROMPT, max_tokens=30))
-        await until(lambda: phases(members[0]) == [Phase.FLYING])
+        await until(lambda: phases(members[0]) == [Phase.AWAITED])
         brake.release()
         assert (await asked).tokens == before.tokens
 

@@ -83,10 +83,10 @@ def test_more_than_the_kv_cache_holds_is_refused(checkpoint: Callable[[str], Pat
         leader = running.hosts[0].worker
         assert isinstance(leader, Stage) and leader.span is not None and leader.span.kv_blocks == 16
         assert len((await generated(running.client, [3], max_tokens=255)).tokens) == 255
-        running.hosts[0].worker._leader._capacity = 8  # type: ignore[attr-defined]
+        running.hosts[0].worker._leader.memory.blocks = 8  # type: ignore[attr-defined]
         with pytest.raises(Refused, match=r"need 16 KV blocks of 16 tokens, the pipeline has 8: ask for fewer tokens"):
             await generated(running.client, [3], max_tokens=255)
-        running.hosts[0].worker._leader._capacity = 16  # type: ignore[attr-defined]
+        running.hosts[0].worker._leader.memory.blocks = 16  # type: ignore[attr-defined]
 
     served(checkpoint(FAMILY), body, count=1, max_rows=1, kv_mib=1)
 

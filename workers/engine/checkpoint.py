@@ -6,10 +6,11 @@ The format: u64 little-endian header length, JSON header (name -> dtype, shape, 
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -19,6 +20,8 @@ from .errors import CheckpointError
 FINGERPRINT_FILE = "ralmq_fingerprint"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER = 100 << 20  # bytes; the bound that the safetensors library sets
+SLAB = 4 << 20  # bytes read at a time where a tensor is read in pieces
+ALIGNED = 64  # rows of such a piece are a multiple of this
 SAMPLE = 64  # bytes hashed at each end of a tensor
 DTYPES = {
     "F64": torch.float64,
@@ -43,6 +46,12 @@ class Entry:
     begin: int
     end: int
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element; 0 for an unknown dtype."""
+        dtype = DTYPES.get(self.dtype)
+        return dtype.itemsize if dtype is not None else 0
+
 
 class Checkpoint:
     """The tensors of a model directory: one *.safetensors file, or several with model.safetensors.index.json.
@@ -54,6 +63,8 @@ class Checkpoint:
         self.path = Path(path)
         self._headers: dict[Path, dict[str, Entry]] = {}
         self._files = self._locate()
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.read = 0  # bytes of tensors that were asked for
 
     def _locate(self) -> dict[str, Path]:
         if not self.path.is_dir():
@@ -86,6 +97,11 @@ class Checkpoint:
 
     def entry(self, name: str) -> Entry:
         """Dtype, shape and place of a tensor; reads at most its file's header."""
+        if name not in self._files and (self.path / FINGERPRINT_FILE).exists():
+            raise CheckpointError(
+                f"{self.path}: has no tensor {name}: the directory holds only a part of the model (ralmq split); "
+                "start the stage that it was written for"
+            )
         if name not in self._files:
             raise CheckpointError(
                 f"{self.path}: has no tensor {name}; the files do not belong to this config.json or are incomplete"
@@ -98,6 +114,41 @@ class Checkpoint:
 
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """One tensor, read into memory of its own; with `shape`, a tensor of another shape is refused."""
+        file, entry, dtype = self._checked(name, shape)
+        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        with file.open("rb") as stream:
+            stream.seek(entry.begin)
+            self._read(stream, data, name)
+        return data.view(dtype).view(entry.shape)
+
+    def slabs(self, name: str, shape: tuple[int, ...], *, whole: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
+        """A tensor of exactly this shape, a few MiB at a time: (number of the first row, rows as they are stored).
+
+        With `whole` it is one piece. Each piece, also of another tensor, lies in the memory of the one before: fresh
+        memory for each would leave the heap full of holes, and the process larger than its tensors.
+        """
+        file, entry, dtype = self._checked(name, shape)
+        width = prod(shape[1:]) * dtype.itemsize
+        count = shape[0] if whole else min(shape[0], max(1, SLAB // max(1, width) // ALIGNED) * ALIGNED)
+        if len(self._buffer) < count * width:
+            self._buffer = torch.empty(max(SLAB, count * width), dtype=torch.uint8)
+        with file.open("rb") as stream:
+            stream.seek(entry.begin)
+            for start in range(0, shape[0], max(1, count)):
+                rows = min(count, shape[0] - start)
+                data = self._buffer[: rows * width]
+                self._read(stream, data, name)
+                yield start, data.view(dtype).view(rows, *shape[1:])
+
+    def raw(self, name: str) -> Iterator[bytes]:
+        """The bytes of a tensor as they are stored, of whatever dtype, a few MiB at a time."""
+        entry = self.entry(name)
+        with self._files[name].open("rb") as stream:
+            stream.seek(entry.begin)
+            for left in range(entry.end - entry.begin, 0, -SLAB):
+                yield stream.read(min(SLAB, left))
+
+    def _checked(self, name: str, shape: tuple[int, ...] | None) -> tuple[Path, Entry, torch.dtype]:
         entry = self.entry(name)
         file = self._files[name]
         if shape is not None and entry.shape != shape:
@@ -112,13 +163,13 @@ class Checkpoint:
             )
         if entry.end - entry.begin != prod(entry.shape) * dtype.itemsize:
             raise CheckpointError(f"{file}: tensor {name} has the wrong number of bytes; download the file again")
-        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-        buffer: Any = data.numpy()
-        with file.open("rb") as stream:
-            stream.seek(entry.begin)
-            if stream.readinto(buffer) != len(data):
-                raise CheckpointError(f"{file}: ends within tensor {name}; download the file again")
-        return data.view(dtype).view(entry.shape)
+        return file, entry, dtype
+
+    def _read(self, stream: BinaryIO, into: torch.Tensor, name: str) -> None:
+        buffer: Any = into.numpy()
+        if stream.readinto(buffer) != len(into):  # type: ignore[attr-defined]
+            raise CheckpointError(f"{stream.name}: ends within tensor {name}; download the file again")
+        self.read += len(into)
 
     def fingerprint(self) -> str:
         """16 hex digits that are equal for equal models however their tensors are spread over files.

@@ -1,11 +1,11 @@
-"""From logits to token ids: probabilities, mixing with neighbours, and draws that depend on (seed, position) alone.
+"""From probabilities to token ids: parameters, the filters, and draws that depend on (seed, position) alone.
 
 Plain numpy in float64; knows no model and no tensor library.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,18 +15,36 @@ Logits = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
 WORD = 0xFFFFFFFF
-PREFIX = 256  # most probable tokens that are sorted at first; nearly every draw falls among them
+MANTISSA = 46  # bits of a float64 that a bucket of weights leaves open: 64 buckets between a weight and its double
+BUCKETS = 4096  # below the highest; all weights under 2**-64 of the largest share the last
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How a token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 keep all. ValueError outside the ranges."""
+    """How a token is chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep all.
+
+    Attributes:
+        logprobs: also the log-probability of the chosen token, before everything else here.
+        top_logprobs: and of so many of the most probable ones.
+        logit_bias: pairs of id and what is added to its logit.
+        min_tokens: of output before an id that ends the text.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    logprobs: bool = False  # also the log-probability of the chosen token, before temperature, top_k and top_p
+    logprobs: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < inf:
@@ -35,6 +53,10 @@ class SamplingParams:
             raise ValueError(f"top_k is {self.top_k}; give 0 (all) or more")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p is {self.top_p}; give more than 0 and at most 1")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p is {self.min_p}; give 0 (all) to 1")
+        if not 0.0 < self.repetition_penalty < inf:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; give more than 0 (1: none)")
 
 
 def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -54,7 +76,7 @@ def uniform(seed: int, position: int) -> float:
     return ((a >> 5) * 67108864 + (b >> 6)) / 9007199254740992
 
 
-def probabilities(logits: Logits) -> Floats:
+def probabilities(logits: Logits | Floats) -> Floats:
     """Softmax of the last dimension in float64."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=-1, keepdims=True)
@@ -66,9 +88,10 @@ def probabilities(logits: Logits) -> Floats:
 def choose(p: Floats, params: SamplingParams, position: int) -> int:
     """The token at `position` of a sequence, from p [vocab].
 
-    Greedy takes the most probable, the lowest id among equals. Otherwise temperature, then top_k, then top_p (the
-    fewest tokens that hold at least that share), and u = uniform(seed, position) against the cumulated probabilities
-    of what is kept, in the order (p descending, id).
+    Greedy takes the most probable, the lowest id among equals. Otherwise temperature, then min_p (tokens of at least
+    that share of the most probable one; Nguyen et al. 2024), then top_k, then top_p (the fewest tokens that hold at
+    least that share of what is left), and u = uniform(seed, position) against the cumulated probabilities of what is
+    kept, in the order (p descending, id).
     """
     if params.temperature == 0.0 or params.top_k == 1:
         return int(p.argmax())
@@ -79,108 +102,54 @@ def choose(p: Floats, params: SamplingParams, position: int) -> int:
         weights -= weights.max()
         weights /= params.temperature
         np.exp(weights, out=weights)
+    if params.min_p > 0.0:
+        weights = np.where(weights >= params.min_p * weights.max(), weights, 0.0)
     u = uniform(params.seed, position)
+    ids: Ids | None = None
     if 0 < params.top_k < len(p):
-        order = _largest(weights, params.top_k)[: params.top_k]
-        total = float(weights[order].cumsum()[-1])
-    else:
-        total = float(weights.sum())
-        order = _largest_holding(weights, total * (u if params.top_p == 1.0 else params.top_p))
-    cumulated = weights[order].cumsum()
+        ids = _largest(weights, params.top_k)
+        weights = weights[ids]
+    ranked = _Ranked(weights)
+    total = ranked.total
     if params.top_p < 1.0:
-        kept = min(len(order), int(cumulated.searchsorted(params.top_p * total)) + 1)
-        cumulated = cumulated[:kept]
-        total = float(cumulated[-1])
-    place = cumulated.searchsorted(u * total, side="right")
-    # Rounding can lift u * total to the whole: then it is the last token that adds anything.
-    return int(order[min(place, cumulated.searchsorted(cumulated[-1]))])
+        total = ranked.reached(params.top_p * total, "left")[1]
+    token = ranked.reached(min(u * total, float(np.nextafter(total, 0.0))), "right")[0]  # u * total may round up
+    return token if ids is None else int(ids[token])
 
 
 def _largest(weights: Floats, size: int) -> Ids:
-    """At least `size` ids in the order (weight descending, id), nothing left out before the last of them."""
-    if size >= len(weights):
-        return np.argsort(-weights, kind="stable")
+    """The first `size` ids in the order (weight descending, id)."""
     threshold = np.partition(weights, len(weights) - size)[len(weights) - size]
     ids = np.flatnonzero(weights >= threshold)
-    return ids[np.argsort(-weights[ids], kind="stable")]
+    return ids[np.argsort(-weights[ids], kind="stable")][:size]
 
 
-def _largest_holding(weights: Floats, enough: float) -> Ids:
-    """The first ids of that order, as many as weigh more than `enough` together, or all; rarely a full sort."""
-    size = PREFIX
-    while True:
-        order = _largest(weights, size)
-        if len(order) == len(weights) or float(weights[order].cumsum()[-1]) > enough:
-            return order
-        size *= 16
+class _Ranked:
+    """Weights cumulated in the order (weight descending, id), without sorting more than a small part of them.
 
-
-def sample_rows(
-    logits: Logits, params: Sequence[SamplingParams], positions: Sequence[int]
-) -> tuple[list[int], list[float | None]]:
-    """One token for each row of logits [m, vocab], and its log-probability where the row's parameters ask for it.
-
-    Greedy rows need no softmax and give what `choose` gives.
+    A weight's first bits say which bucket it belongs to; only the bucket in which a share ends is sorted.
     """
-    tokens = logits.argmax(axis=1)
-    drawn = [i for i, row in enumerate(params) if row.temperature > 0.0]
-    if drawn:
-        for i, p in zip(drawn, probabilities(logits[drawn]), strict=True):
-            tokens[i] = choose(p, params[i], positions[i])
-    chosen: list[float | None] = [None] * len(params)
-    asked = [i for i, row in enumerate(params) if row.logprobs]
-    if asked:
-        for i, value in zip(asked, log_probs_of(logits[asked], tokens[asked]), strict=True):
-            chosen[i] = float(value)
-    return [int(token) for token in tokens], chosen
 
+    def __init__(self, weights: Floats) -> None:
+        self._weights = weights
+        keys = weights.view(np.int64) >> MANTISSA  # rises with the weight, since none is negative
+        keys -= keys.max() - BUCKETS
+        np.maximum(keys, 0, out=keys)
+        self._keys = keys
+        self._upto = np.bincount(keys, weights, BUCKETS + 1)[::-1].cumsum()
+        self.total = float(self._upto[-1])
 
-def log_probs_of(logits: Logits, targets: Ids | NDArray[np.int32]) -> NDArray[np.float32]:
-    """log p of targets [n] under the softmax of logits [n, vocab]."""
-    result = np.empty(len(targets), dtype=np.float32)
-    for start in range(0, len(targets), 64):  # a few rows at a time: a copy of all logits of a long text is large
-        rows, wanted = logits[start : start + 64], targets[start : start + 64]
-        top = rows.max(axis=1, keepdims=True)
-        normalizer = np.log(np.exp(rows - top).sum(axis=1, dtype=np.float64))
-        result[start : start + 64] = rows[np.arange(len(wanted)), wanted] - top[:, 0] - normalizer
-    return result
+    def reached(self, share: float, side: Literal["left", "right"]) -> tuple[int, float]:
+        """The first id with which the cumulated weight is at least (left), or more than (right) a share; that weight.
 
-
-def log_prob(p: Floats, token: int) -> float:
-    """log p of one token of p [vocab]; -inf where p is 0."""
-    return float(np.log(p[token])) if p[token] > 0.0 else -inf
-
-
-def knn_distribution(
-    distances: NDArray[np.floating], values: NDArray[np.integer], vocab: int, temperature: float = 1.0
-) -> tuple[Ids, Floats]:
-    """kNN-LM's p_knn (Khandelwal et al. 2020): softmax(-distance / temperature) over k neighbours, summed per token.
-
-    distances [k], values [k] (the token that followed each neighbour; negative = no neighbour, left out) -> the token
-    ids that occur, ascending, and their probabilities. Both are empty where there is no neighbour. ValueError for a
-    token outside the vocabulary or a temperature that is not positive.
-    """
-    if not temperature > 0.0:
-        raise ValueError(f"knn temperature is {temperature}; give more than 0")
-    found = (values >= 0) & np.isfinite(distances)
-    tokens = values[found].astype(np.int64)
-    if tokens.size == 0:
-        return tokens, np.empty(0)
-    if int(tokens.max()) >= vocab:
-        raise ValueError(
-            f"neighbour's token {int(tokens.max())} is outside the vocabulary of {vocab}; rebuild the index"
-        )
-    scores = distances[found].astype(np.float64) / -temperature
-    weights = np.exp(scores - scores.max())
-    ids: Ids
-    ids, place = np.unique(tokens, return_inverse=True)
-    return ids, np.bincount(place, weights / weights.sum()).astype(np.float64)
-
-
-def mix(p_lm: Floats, ids: Ids, probs: Floats, lam: float) -> Floats:
-    """lam * p_knn + (1 - lam) * p_lm over [vocab]; p_lm itself where lam is 0 or there is no neighbour."""
-    if lam == 0.0 or len(ids) == 0:
-        return p_lm
-    mixed = (1.0 - lam) * p_lm
-    mixed[ids] += lam * probs
-    return mixed
+        The last id that adds anything where rounding leaves none.
+        """
+        last = self._upto.searchsorted(self.total)
+        bucket = int(min(self._upto.searchsorted(share, side), last))
+        ids = np.flatnonzero(self._keys == BUCKETS - bucket)
+        ids = ids[np.argsort(-self._weights[ids], kind="stable")]
+        cumulated = self._weights[ids].cumsum()
+        if bucket:
+            cumulated += self._upto[bucket - 1]
+        place = min(cumulated.searchsorted(share, side), cumulated.searchsorted(cumulated[-1]))
+        return int(ids[place]), float(cumulated[place])

@@ -2,23 +2,28 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from .blocks import Block, Linear, Map
+from .blocks import Block, Map
 from .checkpoint import Checkpoint
 from .config import ModelConfig, read_config
 from .families import Loader
 from .kv import KVCache
+from .linear import Linear
+from .model import ADAPTER
 from .pool import BLOCK
 from .step import Row, check_rows, plan, rope_table
 
+if TYPE_CHECKING:
+    from .adapter import Adapter
+
 __all__ = ["DTYPES", "Row", "Span"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of activations, keys and values; with int8 only matrices are int8.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 
 
 class Span:
@@ -42,13 +47,14 @@ class Span:
         self.device = device
         self.bytes = 0  # of weights
         self.computed = 0  # layers, and times that the head was used; to be read while a step runs
-        self.embedding: Tensor | None = None
+        self.embedding: Map | None = None
         self.positions: Tensor | None = None
         self.final_norm: Map | None = None
         self.output: Linear | None = None
         self._blocks = blocks
         self._cache = cache
         self._rope = rope
+        self._adapter: Adapter | None = None  # runs the layers instead of blocks of ours
 
     @classmethod
     def load(
@@ -61,13 +67,17 @@ class Span:
         device: str = "cpu",
         blocks: int,
         progress: Callable[[int, int], None] | None = None,
+        adapter: bool = False,
+        packed: bool = False,
     ) -> "Span":
         """Reads these layers' tensors, and no others, from a Hugging Face directory.
 
         `blocks` sizes the KV cache (16 tokens each); `progress` is told (parts read, parts in all), a part being a
-        layer, the embedding or the head. Raises CheckpointError for the directory, ValueError for the arguments.
+        layer, the embedding or the head. `adapter` runs a family of ours on transformers' layers as well. `packed`
+        lays matrices out for this machine's processor, which is faster. Raises CheckpointError for the directory,
+        ValueError for the arguments.
         """
-        config = read_config(Path(path))
+        config = read_config(Path(path), adapter=adapter)
         if not 0 <= first < last <= config.layers:
             raise ValueError(f"layers {first}:{last} are not a span of the model's {config.layers} layers")
         if dtype not in DTYPES:
@@ -75,7 +85,13 @@ class Span:
         if blocks < 1:
             raise ValueError(f"{blocks} KV blocks hold no token; give at least 1")
         kind, place = DTYPES[dtype], torch.device(device)
-        loader = Loader(Checkpoint(path), config, kind, place)
+        if config.family == ADAPTER and dtype == "int8":
+            raise ValueError(
+                "dtype 'int8' is of our own layers, and this model runs on transformers'; use fp32 or bf16"
+            )
+        if config.family == ADAPTER:
+            return cls._adapted(Path(path), config, first, last, kind, place, blocks, progress)
+        loader = Loader(Checkpoint(path), config, kind, place, int8=dtype == "int8", packed=packed)
         is_first, is_last = first == 0, last == config.layers
         total = last - first + is_first + is_last
         tell = progress or (lambda done, total: None)
@@ -88,18 +104,44 @@ class Span:
         longest = min(config.context, blocks * BLOCK)
         rope = rope_table(config, longest, kind, place) if loader.names.positions is None else None
         span = cls(config, first, layers, cache, rope, dtype=kind, device=place)
+        if is_first and is_last and config.tied:
+            span.embedding, span.output = loader.tied_ends()
+        elif is_first:
+            span.embedding = loader.embedding()
         if is_first:
-            span.embedding, span.positions = loader.embedding(), loader.positions()
+            span.positions = loader.positions()
             tell(len(layers) + 1, total)
         if is_last:
             span.final_norm = loader.final_norm()
-            if not config.tied:
-                weight = loader.head()
-            else:
-                weight = loader.embedding() if span.embedding is None else span.embedding
-            span.output = Linear(weight, None)
+            span.output = span.output or loader.head()
             tell(total, total)
         span.bytes = loader.bytes
+        return span
+
+    @classmethod
+    def _adapted(
+        cls,
+        path: Path,
+        config: ModelConfig,
+        first: int,
+        last: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        blocks: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> "Span":
+        """A span that runs on transformers' layers, which keep their own cache under the same block ids."""
+        from .adapter import Adapter
+
+        total = last - first
+        tell = (lambda done: progress(done, total)) if progress else (lambda done: None)
+        tell(0)
+        cache = KVCache(0, blocks, config.kv_heads, config.head_dim, dtype, device)
+        span = cls(config, first, (), cache, None, dtype=dtype, device=device)
+        span.last = last
+        span._adapter = Adapter(path, config, first, last, dtype=dtype, device=device, blocks=blocks, tell=tell)
+        cache.bytes_per_block = span._adapter.store.bytes_per_block
+        span.bytes = span._adapter.bytes
         return span
 
     @property
@@ -136,11 +178,18 @@ class Span:
         Raises ValueError for rows that do not fit; then nothing was written.
         """
         check_rows(rows, x.shape[0], self.config.context, self._cache.blocks)
+        if self._adapter is not None:
+            hidden, entered = self._adapter.forward(rows, x, ffn_input)
+            self.computed += self.last - self.first
+            return (hidden, entered) if ffn_input else hidden
         step = plan(rows, self.config, self._rope, self.dtype, self.device)
         if self.embedding is None:
             hidden = x.to(device=self.device, dtype=self.dtype)
         else:
-            hidden = functional.embedding(x.to(self.device), self.embedding)
+            hidden = self.embedding(x.to(self.device))
+            if self.config.embedding_scale != 1.0:
+                # Rounded to the weights' dtype, as Gemma was trained.
+                hidden = hidden * torch.tensor(self.config.embedding_scale, dtype=self.dtype)
             if self.positions is not None:
                 hidden = hidden + self.positions.index_select(0, step.positions)
         entered = hidden
@@ -152,9 +201,15 @@ class Span:
     @torch.inference_mode()
     def head(self, hidden: Tensor, want: Tensor | Sequence[int] | None = None) -> Tensor:
         """Final norm and head of the tokens `want` (all by default) of hidden [n, hidden] -> fp32 logits [m, vocab]."""
-        if self.final_norm is None or self.output is None:
+        adapted = self._adapter is not None and self.is_last
+        if not adapted and (self.final_norm is None or self.output is None):
             raise ValueError(f"layers {self.first}:{self.last} hold no head; only the last span has it")
         if want is not None:
             hidden = hidden[torch.as_tensor(want, dtype=torch.long, device=hidden.device)]
         self.computed += 1
-        return self.output(self.final_norm(hidden)).float()
+        if self._adapter is not None:
+            return self._adapter.head(hidden).float()
+        assert self.final_norm is not None and self.output is not None
+        logits = self.output(self.final_norm(hidden)).float()
+        cap = self.config.logit_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

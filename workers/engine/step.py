@@ -1,11 +1,12 @@
 """One step's index tensors, made once for all layers of a span; knows which tokens see which slots, and no weight."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .config import ModelConfig
+from .model import ModelConfig, Rope
 from .pool import BLOCK
 
 
@@ -22,24 +23,30 @@ class Row:
 
 
 @dataclass(slots=True)
-class Group:
-    """Rows that attend in one call: all rows of one token, padded to the longest, or one row of several tokens."""
+class View:
+    """Which cached tokens the rows of a group may see."""
 
-    batch: int
-    tokens: torch.Tensor | slice  # which tokens of the step, batch * (tokens a row) of them
     table: torch.Tensor  # [batch * blocks], padded with block 0
     mask: torch.Tensor  # additive, [batch, 1, 1 or (tokens a row) * (heads a kv head), blocks * 16]
 
 
 @dataclass(slots=True)
+class Group:
+    """Rows that attend in one call: all rows of one token, padded to the longest, or one row of several tokens."""
+
+    batch: int
+    tokens: torch.Tensor | slice  # which tokens of the step, batch * (tokens a row) of them
+    views: dict[int, View]  # by window: how many tokens a token sees, itself included; 0 for all
+
+
+@dataclass(slots=True)
 class Step:
-    """n tokens: `positions` [n], `slots` [n], and with rotary positions `cos` and `sin` [n, 1, head_dim]."""
+    """n tokens: `positions` [n], `slots` [n], and a pair of cosines and sines [n, 1, dims] for each Rope."""
 
     positions: torch.Tensor
     slots: torch.Tensor
     groups: list[Group]
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
+    ropes: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def check_rows(rows: Sequence[Row], tokens: int, context: int, blocks: int) -> None:
@@ -69,6 +76,7 @@ def plan(
     singles: list[int] = []
     single_rows: list[Row] = []
     groups: list[Group] = []
+    windows = set(config.windows) or {0}
     for row in rows:
         start = len(positions)
         places = range(row.position, row.position + row.count)
@@ -78,54 +86,85 @@ def plan(
             singles.append(start)
             single_rows.append(row)
         else:
-            groups.append(_several(row, start, config.heads // config.kv_heads, dtype, device))
+            share = config.heads // config.kv_heads
+            groups.append(Group(1, slice(start, start + row.count), _views([row], windows, share, dtype, device)))
     if singles:
         tokens = slice(None) if not groups else torch.tensor(singles, device=device)
-        groups.insert(0, _one_each(single_rows, tokens, dtype, device))
+        groups.insert(0, Group(len(singles), tokens, _views(single_rows, windows, 1, dtype, device)))
     where = torch.tensor([positions, slots], device=device)
-    step = Step(where[0], where[1], groups, None, None)
+    step = Step(where[0], where[1], groups, [])
     if rope is not None:
-        step.cos, step.sin = rope.index_select(0, where[0]).unsqueeze(2).unbind(1)
+        # [n, ropes, 2, dims] -> for each rope two of [n, 1, dims]
+        step.ropes = [(pair[:, 0:1], pair[:, 1:2]) for pair in rope.index_select(0, where[0]).unbind(1)]
     return step
 
 
-def _one_each(rows: Sequence[Row], tokens: torch.Tensor | slice, dtype: torch.dtype, device: torch.device) -> Group:
-    width = max(row.position for row in rows) // BLOCK + 1
-    table = [row.blocks[:width] + [0] * (width - len(row.blocks)) for row in rows]
-    last = torch.tensor([row.position for row in rows], device=device).view(-1, 1, 1, 1)
-    mask = _mask(last, width * BLOCK, dtype)
-    return Group(len(rows), tokens, torch.tensor(table, device=device).view(-1), mask)
+def _views(
+    rows: Sequence[Row], windows: set[int], share: int, dtype: torch.dtype, device: torch.device
+) -> dict[int, View]:
+    """A view of equally long rows for each window; a window that hides nothing from any of them has the whole view."""
+    longest = max(row.position + row.count for row in rows)
+    narrow = {window for window in windows if 0 < window < longest}
+    views = {window: _view(rows, window, share, dtype, device) for window in narrow}
+    if narrow != windows:
+        views.update(dict.fromkeys(windows - narrow, _view(rows, 0, share, dtype, device)))
+    return views
 
 
-def _several(row: Row, start: int, share: int, dtype: torch.dtype, device: torch.device) -> Group:
-    """Causal over what is cached and what is new. Heads that share a kv head lie one after the other, hence `share`."""
-    end = row.position + row.count
-    width = (end - 1) // BLOCK + 1
-    last = torch.arange(row.position, end, device=device).repeat(share).view(1, 1, -1, 1)
-    mask = _mask(last, width * BLOCK, dtype)
-    return Group(1, slice(start, start + row.count), torch.tensor(row.blocks[:width], device=device), mask)
+def _view(rows: Sequence[Row], window: int, share: int, dtype: torch.dtype, device: torch.device) -> View:
+    """Causal over what is cached and what is new, reading only the blocks that a window touches.
 
-
-def _mask(last: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor:
-    hidden = torch.arange(keys, device=last.device) > last
-    return torch.zeros(hidden.shape, dtype=dtype, device=last.device).masked_fill_(hidden, float("-inf"))
+    Heads that share a kv head lie one after the other as queries, hence `share`.
+    """
+    begins = [max(0, row.position + 1 - window) // BLOCK if window else 0 for row in rows]
+    ends = [(row.position + row.count - 1) // BLOCK + 1 for row in rows]
+    width = max(end - begin for begin, end in zip(begins, ends, strict=True))
+    table = [
+        row.blocks[begin:end] + [0] * (width - end + begin) for row, begin, end in zip(rows, begins, ends, strict=True)
+    ]
+    first = torch.tensor([row.position for row in rows], device=device).view(-1, 1, 1, 1)
+    last = first + torch.arange(rows[0].count, device=device).repeat(share).view(1, 1, -1, 1)
+    keys = torch.tensor(begins, device=device).view(-1, 1, 1, 1) * BLOCK + torch.arange(width * BLOCK, device=device)
+    hidden = keys > last
+    if window:
+        hidden |= keys <= last - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+    return View(torch.tensor(table, device=device).view(-1), mask)
 
 
 def rope_table(config: ModelConfig, positions: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Rotary factors [positions, 2, head_dim]: cosines, and sines with the sign of the half they multiply.
+    """Rotary factors [positions, ropes, 2, dims]: cosines, and sines with the sign of the half they multiply.
 
-    RoPE, Su et al. 2021, in the half-split form of Llama; "llama3" scaling as in Llama 3.1.
+    RoPE, Su et al. 2021, in the half-split form of Llama.
     """
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequency = 1.0 / config.rope_theta**half
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        frequency = frequency / scaling.factor
-    elif scaling is not None:
-        turns = scaling.original_context * frequency / (2 * torch.pi)
-        keep = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0.0, 1.0)
-        frequency = keep * frequency + (1 - keep) * frequency / scaling.factor
-    angle = torch.arange(positions, dtype=torch.float32)[:, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
-    table = torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)), 1)
-    return table.to(dtype=dtype, device=device)
+    tables = []
+    for rope in config.ropes:
+        angle = torch.arange(positions, dtype=torch.float32)[:, None] * _frequencies(rope)
+        cos, sin = angle.cos() * rope.amplitude, angle.sin() * rope.amplitude
+        tables.append(torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)), 1))
+    return torch.stack(tables, 1).to(dtype=dtype, device=device)
+
+
+def _frequencies(rope: Rope) -> torch.Tensor:
+    """[dims / 2], in radians per token."""
+    frequency = 1.0 / rope.theta ** (torch.arange(0, rope.dims, 2, dtype=torch.float32) / rope.dims)
+    if rope.kind == "linear":
+        return frequency / rope.factor
+    if rope.kind == "longrope":
+        return frequency / torch.tensor(rope.factors)
+    if rope.kind == "default":
+        return frequency
+    if rope.kind == "llama3":
+        turns = rope.original_context * frequency / (2 * math.pi)
+        keep = ((turns - rope.low) / (rope.high - rope.low)).clamp(0.0, 1.0)
+    else:
+        # yarn: at which dimension a frequency makes so many turns in the original context
+        edges = [
+            rope.dims * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+            for turns in (rope.high, rope.low)
+        ]
+        if rope.truncate:
+            edges = [math.floor(edges[0]), math.ceil(edges[1])]
+        begin, end = max(edges[0], 0), min(edges[1], rope.dims - 1)
+        keep = 1 - ((torch.arange(rope.dims // 2) - begin) / max(end - begin, 0.001)).clamp(0.0, 1.0)
+    return keep * frequency + (1 - keep) * frequency / rope.factor

@@ -1,18 +1,22 @@
-"""The body of a request to `generate:<model>`, checked, and the task for the pipeline that follows from it."""
+"""The body of a request to `generate:<model>`, checked, and the tasks for the pipeline that follow from it."""
 
+import hashlib
 import random
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from ..params import Neighbours, Retrieval, Sampling, Task
+from ..params import MAX_TOKENS, Neighbours, Retrieval, Sampling, Task
 
 
 class Options(Neighbours, Sampling):
-    """What a client may ask for; see client/generation.py for the meaning of each."""
+    """What a client may ask for; see docs/sampling.md for the meaning of each."""
 
+    max_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)
     prompt: str | None = None
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
+    n: int = Field(default=1, ge=1, le=64)
+    echo: bool = False
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), max_length=16)
     retrieve: str | None = None
     policy: Literal["knn"] = "knn"
@@ -22,13 +26,35 @@ class Options(Neighbours, Sampling):
     def _one_stop(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    def task(self) -> Task:
-        """The request to the pipeline; a seed is drawn where none was given."""
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 leaves nothing to do: give at least 1, or echo")
+        if self.min_tokens > max(1, self.max_tokens):
+            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: lower it")
+        if self.n > 1 and self.temperature == 0.0:
+            raise ValueError(f"n={self.n} with temperature 0 gives the same text each time: give a temperature")
+        return self
+
+    def tasks(self) -> list[Task]:
+        """The requests to the pipeline, one of each of the n texts; a seed is drawn where none was given."""
         retrieval: Retrieval | None = None
         if self.retrieve is not None:
             retrieval = Retrieval(index=self.retrieve, **self.model_dump(include=set(Neighbours.model_fields)))
         seed = random.getrandbits(63) if self.seed is None else self.seed
-        return Task(seed=seed, retrieve=retrieval, **self.model_dump(include=set(Sampling.model_fields)))
+        sampling = self.model_dump(include=set(Sampling.model_fields) - {"max_tokens"})
+        return [
+            Task(seed=seed_of(seed, index), retrieve=retrieval, max_tokens=max(1, self.max_tokens), **sampling)
+            for index in range(self.n)
+        ]
+
+
+def seed_of(seed: int, index: int) -> int:
+    """The seed of one of the n texts; the first has the one that was given, so that it is the text of n = 1."""
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(seed.to_bytes(8, "little") + index.to_bytes(8, "little"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def wire(task: Task) -> dict[str, Any]:

@@ -112,15 +112,20 @@ class Stops:
 class Text:
     """The text of one generation as it grows; empty without a tokenizer.
 
+    Stop strings count behind the first `min_tokens` tokens alone.
+
     Raises:
         Refused: stop strings, and no tokenizer to find them with.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, prompt: Sequence[int], stops: Sequence[str], min_tokens: int = 0
+    ) -> None:
         if tokenizer is None and stops:
             raise Refused("stop strings need the model's tokenizer.json: add it, or leave stop out")
         self._detokenizer = Detokenizer(tokenizer, prompt) if tokenizer is not None else None
         self._stops = Stops(stops)
+        self._free = min_tokens  # tokens to come whose text no stop string ends
 
     @property
     def stopped(self) -> bool:
@@ -129,7 +134,13 @@ class Text:
 
     def push(self, token: int) -> str:
         """What may be given away once this token is known."""
-        return self._stops.push(self._detokenizer.push(token)) if self._detokenizer is not None else ""
+        if self._detokenizer is None:
+            return ""
+        text = self._detokenizer.push(token)
+        if self._free:
+            self._free -= 1
+            return text
+        return self._stops.push(text)
 
     def flush(self) -> str:
         """What was held back; it, too, ends at a stop string."""

@@ -1,15 +1,19 @@
 """The built-in worker `generator`: serves `generate:<model>` and `embed:<model>` over `lm:<model>`. Knows no torch."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from ...client.stream import Stream
 from ...schema.errors import Refused, WorkerFailed
 from ..base import Answer, Request, Worker
 from ..models import resolve
+from ..params import Task
+from .merge import merged
 from .options import Options, wire
 from .text import Text
 
@@ -56,37 +60,92 @@ class Generator(Worker):
         return self._embed(request) if request.service.startswith("embed:") else self._generate(request)
 
     async def _generate(self, request: Request) -> AsyncIterator[Answer]:
-        """One part a token; the end says why, how many, and gives the text that was held back."""
+        """One part a token, the prompt's first where they are to be echoed; the end says why, and how many.
+
+        Of several texts each part names its `index`, and one without a token ends each of them.
+        """
         options = Options.of(request.body)
         ids = self._prompt(options, request)
-        task = options.task()
-        text = Text(self._tokenizer, ids, options.stop)
-        body: dict[str, Any] = {}
-        stream = self.host.client.stream(
+        tasks = options.tasks()
+        seeds = [task.seed for task in tasks]
+        usage: dict[str, Any] = {"prompt_tokens": len(ids), "completion_tokens": 0, "seed": seeds[0]}
+        if len(tasks) > 1:
+            usage["seeds"] = seeds
+        if options.echo:
+            async with aclosing(self._echoed(options, ids, request)) as echoed:
+                parts = [part async for part in echoed]
+            for index in range(len(tasks)):
+                for part in parts:
+                    yield {**part, "index": index} if len(tasks) > 1 else part
+        ends: list[dict[str, Any]] = [{"finish_reason": "length", "text": "", "position": len(ids)} for _ in tasks]
+        if options.max_tokens:
+            choices = [self._choice(options, ids, *pair, request) for pair in zip(tasks, ends, strict=True)]
+            async with aclosing(merged(choices) if len(tasks) > 1 else _alone(choices[0])) as parts_of_all:
+                async for index, part in parts_of_all:
+                    usage["completion_tokens"] += part["token"] >= 0
+                    yield {**part, "index": index} if len(tasks) > 1 else part
+        request.ending = {**ends[0], "usage": usage}
+        if len(tasks) > 1:
+            request.ending["text"] = ""  # it came with its part
+
+    async def _choice(
+        self, options: Options, ids: list[int], task: Task, end: dict[str, Any], request: Request
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The parts of one text; `end` then holds its finish_reason, the text that was held back, and its position."""
+        text = Text(self._tokenizer, ids, options.stop, options.min_tokens)
+        stream = self._lm(wire(task), ids, request)
+        async with stream:
+            async for part in stream:
+                body = part.body
+                end["position"] = body["position"]
+                yield {**self._named(body), "text": text.push(body["token"])}
+                if text.stopped:
+                    break
+        end["text"] = text.flush()
+        final = stream.final.body if stream.final else {}
+        end["finish_reason"] = "stop" if text.stopped else final.get("finish_reason", "length")
+        if options.n > 1:
+            yield {"token": -1, **end}
+
+    async def _echoed(self, options: Options, ids: list[int], request: Request) -> AsyncGenerator[dict[str, Any], None]:
+        """The prompt's tokens as parts; with log-probabilities, where they are asked for, of all but the first."""
+        text = Text(self._tokenizer, (), ())
+        scored: list[dict[str, Any]] = [{}]
+        if (options.logprobs or options.top_logprobs) and len(ids) > 1:
+            task = Task(mode="score", states=False, top_logprobs=options.top_logprobs)
+            async with self._lm(wire(task), ids, request) as stream:
+                async for part in stream:
+                    log_p, *top = [tensor.numpy().tolist() for tensor in part.tensors]
+                    scored += [{"logprob": value} for value in log_p]
+                    if top:
+                        for entry, *pairs in zip(scored[-len(log_p) :], *top, strict=True):
+                            entry["top_logprobs"] = list(zip(*pairs, strict=True))
+        for position, token in enumerate(ids):
+            known = scored[position] if position < len(scored) else {}
+            shown = text.push(token) + (text.flush() if position == len(ids) - 1 else "")
+            yield {"token": token, "position": position, "text": shown, **self._named(known)}
+
+    def _named(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A part whose alternatives have their text."""
+        if "top_logprobs" not in body:
+            return body
+        tokenizer = self._tokenizer
+        top = [
+            (token, value, tokenizer.decode([token], skip_special_tokens=False) if tokenizer is not None else "")
+            for token, value in body["top_logprobs"]
+        ]
+        return {**body, "top_logprobs": top}
+
+    def _lm(self, body: dict[str, Any], ids: Sequence[int], request: Request) -> Stream:
+        """A request to the pipeline on behalf of one that came here."""
+        return self.host.client.stream(
             f"lm:{self._model}",
-            wire(task),
+            body,
             tensors=[np.asarray(ids, np.int32)],
             deadline=self._left(request),
             parent=request.id,
             retries=RETRIES,
         )
-        made = 0
-        async with stream:
-            async for part in stream:
-                made += 1
-                body = part.body
-                yield {**body, "text": text.push(body["token"])}
-                if text.stopped:
-                    break
-        tail = text.flush()
-        reason = "stop" if text.stopped else (stream.final.body if stream.final else {}).get("finish_reason", "length")
-        usage = {"prompt_tokens": len(ids), "completion_tokens": made, "seed": task.seed}
-        request.ending = {
-            "finish_reason": reason,
-            "usage": usage,
-            "text": tail,
-            "position": body.get("position", len(ids)),
-        }
 
     async def _embed(self, request: Request) -> Answer:
         """Texts to vectors [texts, d]: the hidden state of each text's last token at the last layer's FFN input."""
@@ -101,14 +160,7 @@ class Generator(Worker):
 
     async def _state(self, ids: Sequence[int], request: Request) -> Any:
         """A score computes states of all tokens but the last, so one more is appended, whichever it is."""
-        stream = self.host.client.stream(
-            f"lm:{self._model}",
-            {"mode": "score"},
-            tensors=[np.asarray([*ids, 0], np.int32)],
-            deadline=self._left(request),
-            parent=request.id,
-            retries=RETRIES,
-        )
+        stream = self._lm({"mode": "score"}, [*ids, 0], request)
         state = None
         async for part in stream:
             state = part.tensors[0].numpy()[-1]
@@ -141,3 +193,12 @@ class Generator(Worker):
         if not request.deadline:
             return 600.0
         return max(0.001, request.deadline - asyncio.get_running_loop().time())
+
+
+async def _alone(
+    source: AsyncGenerator[dict[str, Any], None],
+) -> AsyncGenerator[tuple[int, dict[str, Any]], None]:
+    """One stream as `merged` gives several, without a task of its own."""
+    async with aclosing(source):
+        async for part in source:
+            yield 0, part

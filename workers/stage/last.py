@@ -5,7 +5,6 @@ All of it runs in the compute thread. Rows that wait for neighbours are parked w
 
 import time
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -13,26 +12,19 @@ import torch
 
 from ...schema.errors import RalmqError, WorkerFailed
 from ...schema.message import Error, Final, Partial, Return, Row
-from ..engine.sample import (
-    SamplingParams,
-    choose,
-    knn_distribution,
-    log_prob,
-    log_probs_of,
-    mix,
-    probabilities,
-    sample_rows,
-)
+from ..engine.rows import log_probs_of, sample_rows, top_log_probs
 from ..engine.span import Span
-from ..params import Task
-from .leader import Key
-from .neighbours import Neighbours, Query
+from ..hooks import Hooks, LogitsHook, apply
+from .batch import Key
+from .neighbours import Mixing, Neighbours, Query
+from .sequence import Sequence, sequence_of
 
 CHUNK = 256  # positions of a score in one PARTIAL
 PASSAGES = 1024  # hits with passages that an index answers at once
 
 Array = np.ndarray[Any, Any]
 Sent = tuple[Any, Key, int]  # message, request, sequence number
+MIXING = Mixing()
 
 
 @dataclass(slots=True)
@@ -44,63 +36,12 @@ class Outcome:
     queries: list[Query] = field(default_factory=list)
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One sequence at the last stage.
-
-    Attributes:
-        task: its parameters.
-        prompt: ids of the prompt, int32 [n].
-        start: absolute position of the first new token; interval and staleness count from there.
-        limit: new tokens at most in this attempt.
-        until: its deadline (time.monotonic()).
-        answers: neighbours by the position of their query.
-        parked: logits [vocab] of the row that waits, and its position.
-    """
-
-    key: Key
-    task: Task
-    prompt: Array
-    start: int
-    limit: int
-    sampling: SamplingParams
-    metric: str = "l2"
-    until: float = inf
-    made: int = 0
-    answers: dict[int, Neighbours] = field(default_factory=dict)
-    parked: tuple[Array, int] | None = None
-
-    def due(self, position: int) -> int:
-        """Position of the query whose answer is mixed in at `position`; -1 for none."""
-        retrieval = self.task.retrieve
-        if retrieval is None:
-            return -1
-        asked = position - retrieval.staleness
-        return asked if asked >= self.start and not (asked - self.start) % retrieval.interval else -1
-
-    def asks(self, row: Row) -> list[int]:
-        """Positions of the queries that this row sends: those due, without any whose answer could never be used.
-
-        One at most, but for the first row of a replay with staleness: it asks anew what the tokens to come still need.
-        """
-        retrieval = self.task.retrieve
-        if retrieval is None:
-            return []
-        end = row.position + row.length
-        first = max(self.start, row.position + 1, end - retrieval.staleness)
-        return [
-            position
-            for position in range(first, end + 1)
-            if not (position - self.start) % retrieval.interval
-            and position + retrieval.staleness < len(self.prompt) + self.limit
-        ]
-
-
 class Last:
     """Sampling, scoring and retrieval of the last span."""
 
-    def __init__(self, span: Span, fingerprint: str) -> None:
+    def __init__(self, span: Span, fingerprint: str, hooks: Hooks | None = None) -> None:
         self._span = span
+        self._hooks = hooks or {}
         self._eos = frozenset(span.config.eos_ids)
         self._sequences: dict[Key, Sequence] = {}
         self._info = {
@@ -115,13 +56,7 @@ class Last:
 
     def start(self, key: Key, prompt: Array, params: dict[str, Any]) -> None:
         """The first STEP of a sequence is about to be served."""
-        task = Task.model_validate(params["task"])
-        start = task.prompt or len(prompt)
-        sampling = SamplingParams(task.temperature, task.top_k, task.top_p, task.seed, task.logprobs)
-        limit = params.get("limit", task.max_tokens)
-        until = time.monotonic() + params.get("seconds", inf)
-        metric = params.get("metric", "l2")
-        self._sequences[key] = Sequence(key, task, prompt, start, limit, sampling, metric, until)
+        self._sequences[key] = sequence_of(key, prompt, params, self._eos, time.monotonic())
 
     def end(self, key: Key, outcome: Outcome) -> None:
         """The leader lists a sequence as over: it is forgotten, and the row that the leader may wait for goes back.
@@ -133,6 +68,9 @@ class Last:
 
     def step(self, rows: tuple[Row, ...], hidden: torch.Tensor, entered: torch.Tensor) -> Outcome:
         """Samples the next token of each row, or parks it, or scores it.
+
+        A row that does not reach the last token known so far is a chunk of a longer prompt, or of a sequence that is
+        computed again: it may ask an index, and nothing of it goes back.
 
         Args:
             hidden: output of the last layer, [sum of lengths, d].
@@ -147,14 +85,24 @@ class Last:
             if sequence is None:  # ended meanwhile: the rest of the batch goes on
                 outcome.returns.append(Return(row.id, row.attempt, -1, True))
             elif sequence.task.mode == "score":
-                self._score(sequence, hidden[place - row.length : place], entered[place - row.length : place], outcome)
+                part = slice(place - row.length, place)
+                self._score(sequence, row.position, hidden[part], entered[part], outcome)
             else:
                 known.append((sequence, row, place - 1))
         if known:
-            logits = self._span.head(hidden, [last for _, _, last in known]).cpu().numpy()
             self._ask(known, entered, outcome)
-            self._sample([(s, row.position + row.length) for s, row, _ in known], logits, outcome)
+            self._sample(self._ready(known, outcome), hidden, outcome)
         return outcome
+
+    def _ready(self, known: list[tuple[Sequence, Row, int]], outcome: Outcome) -> list[tuple[Sequence, int]]:
+        """Sequences whose next token can be sampled now, with the place of their last token."""
+        ready: list[tuple[Sequence, int]] = []
+        for sequence, row, last in known:
+            if sequence.key not in self._sequences:  # it has just failed
+                outcome.returns.append(Return(*sequence.key, -1, True))
+            elif sequence.ends(row):
+                ready.append((sequence, last))
+        return ready
 
     def answered(self, query: Query, answers: list[Neighbours]) -> Outcome:
         """Neighbours came: rows that waited for them are sampled; those of ended sequences are dropped."""
@@ -167,7 +115,7 @@ class Last:
             if sequence.parked is not None and sequence.due(sequence.parked[1]) in sequence.answers:
                 logits, at = sequence.parked
                 sequence.parked = None
-                self._draw(sequence, at, logits, outcome)
+                self._draw([(sequence, at, sequence.answers.pop(sequence.due(at)))], logits[None], outcome)
         return outcome
 
     def fail(self, keys: list[Key], error: RalmqError) -> Outcome:
@@ -221,62 +169,88 @@ class Last:
         query.positions = [query.positions[place] for place in kept]
         query.vectors = query.vectors[kept]
 
-    def _sample(self, rows: list[tuple[Sequence, int]], logits: Array, outcome: Outcome) -> None:
-        plain: list[int] = []
-        for place, (sequence, position) in enumerate(rows):
-            due = sequence.due(position)
-            if sequence.key not in self._sequences:  # it has just failed
-                outcome.returns.append(Return(*sequence.key, -1, True))
-            elif due < 0:
-                plain.append(place)
-            elif due in sequence.answers:
-                self._draw(sequence, position, logits[place], outcome)
-            else:
-                sequence.parked = logits[place].copy(), position  # a view would keep the whole batch's logits
-        if plain:
-            chosen = [rows[place] for place in plain]
-            drawn = sample_rows(logits[plain], [s.sampling for s, _ in chosen], [position for _, position in chosen])
-            for (sequence, position), token, log_p in zip(chosen, *drawn, strict=True):
-                self._took(sequence, position, token, log_p, None, outcome)
-
-    def _draw(self, sequence: Sequence, position: int, logits: Array, outcome: Outcome) -> None:
-        """Mixes the neighbours' next tokens with the model's, then samples: p = lambda p_knn + (1 - lambda) p_lm."""
-        retrieval = sequence.task.retrieve
-        assert retrieval is not None
-        found = sequence.answers.pop(sequence.due(position))
-        distances = found.distances if sequence.metric == "l2" else -found.distances
-        values = found.following[:, retrieval.staleness]
-        try:
-            p = probabilities(logits[None])[0]
-            neighbours = knn_distribution(distances, values, len(p), retrieval.knn_temperature)
-            p = mix(p, *neighbours, retrieval.knn_lambda)
-            token = choose(p, sequence.sampling, position)
-        except Exception as error:  # such as neighbours of another vocabulary: this row alone fails
-            del self._sequences[sequence.key]
-            said = f"index {retrieval.index}: {error}"[:2000]
-            outcome.sent.append((Error(WorkerFailed.code, said), sequence.key, 0))
-            outcome.returns.append(Return(*sequence.key, -1, True))
+    def _sample(self, ready: list[tuple[Sequence, int]], hidden: torch.Tensor, outcome: Outcome) -> None:
+        if not ready:
             return
-        log_p = log_prob(p, token) if sequence.sampling.logprobs else None
-        self._took(sequence, position, token, log_p, found, outcome)
+        logits = self._span.head(hidden, [last for _, last in ready]).cpu().numpy()
+        drawn: list[tuple[Sequence, int, Neighbours | None]] = []
+        places: list[int] = []
+        for place, (sequence, _) in enumerate(ready):
+            position = sequence.total
+            due = sequence.due(position)
+            if due >= 0 and due not in sequence.answers:
+                sequence.parked = logits[place].copy(), position  # a view would keep the whole batch's logits
+            else:
+                drawn.append((sequence, position, sequence.answers.pop(due) if due >= 0 else None))
+                places.append(place)
+        if drawn:
+            self._draw(drawn, logits[places] if len(places) < len(logits) else logits, outcome)
 
-    def _took(
-        self,
-        sequence: Sequence,
-        position: int,
-        token: int,
-        log_p: float | None,
-        found: Neighbours | None,
-        outcome: Outcome,
-    ) -> None:
-        """A token is sampled: one PARTIAL to the asker, one row back to the leader, and the end where this was it."""
-        body: dict[str, Any] = {"token": token, "position": position}
-        if log_p is not None:
-            body["logprob"] = log_p
-        if found is not None and found.passages:
-            body["passages"] = found.passages
+    def _draw(self, rows: list[tuple[Sequence, int, Neighbours | None]], logits: Array, outcome: Outcome) -> None:
+        """Samples rows (sequence, position, neighbours to mix in) from their logits [rows, vocab].
+
+        Those that neighbours or hooks change go one by one: each may fail, and in float64.
+        """
+        plain = [place for place, (s, _, found) in enumerate(rows) if found is None and not s.task.hooks]
+        if plain:
+            some = logits[plain] if len(plain) < len(logits) else logits
+            self._take([rows[place] for place in plain], some, outcome)
+        for place in sorted(set(range(len(rows))) - set(plain)):
+            sequence, _, found = rows[place]
+            try:
+                changed = self._changed(sequence, found, logits[place])
+            except RalmqError as error:
+                outcome.sent += self.fail([sequence.key], error).sent
+                outcome.returns.append(Return(*sequence.key, -1, True))
+            else:
+                self._take([rows[place]], changed[None], outcome)
+
+    def _changed(self, sequence: Sequence, found: Neighbours | None, logits: Array) -> Array:
+        """Logits [vocab] after what was retrieved is mixed in, and after the hooks that the request names.
+
+        Raises:
+            WorkerFailed: one of them failed, such as neighbours of another vocabulary.
+        """
+        retrieval = sequence.task.retrieve
+        steps: list[tuple[str, LogitsHook | None, dict[str, Any]]] = []
+        if found is not None and retrieval is not None:
+            given = {"retrieval": retrieval, "metric": sequence.metric, "found": found}
+            steps.append((f"index {retrieval.index}", MIXING, given))
+        steps += [(f"hook {name}", self._hooks.get(name), given) for name, given in sequence.task.hooks.items()]
+        for name, hook, given in steps:
+            if hook is None:
+                raise WorkerFailed(f"{name} is not loaded at the last stage: start every stage with the same -o hooks")
+            try:
+                logits = apply(hook, sequence.history.tokens, logits, given)
+            except Exception as error:  # its own code, or an index's data: this row alone fails
+                raise WorkerFailed(f"{name}: {error or type(error).__name__}"[:2000]) from error
+        return logits
+
+    def _take(self, rows: list[tuple[Sequence, int, Neighbours | None]], logits: Array, outcome: Outcome) -> None:
+        """Draws tokens: of each one PARTIAL to the asker, one row back to the leader, and the end where it is due."""
+        sequences = [sequence for sequence, _, _ in rows]
+        tokens, log_p = sample_rows(
+            logits,
+            [sequence.sampling for sequence in sequences],
+            [position for _, position, _ in rows],
+            [sequence.history for sequence in sequences],
+        )
+        for place, (sequence, position, found) in enumerate(rows):
+            body: dict[str, Any] = {"token": tokens[place], "position": position}
+            if log_p[place] is not None:
+                body["logprob"] = log_p[place]
+            if top := sequence.sampling.top_logprobs:
+                ids, values = top_log_probs(logits[place : place + 1], top)
+                body["top_logprobs"] = list(zip(ids[0].tolist(), values[0].tolist(), strict=True))
+            if found is not None and found.passages:
+                body["passages"] = found.passages
+            self._took(sequence, body, outcome)
+
+    def _took(self, sequence: Sequence, body: dict[str, Any], outcome: Outcome) -> None:
+        token = body["token"]
         outcome.sent.append((Partial(body), sequence.key, sequence.made))
         sequence.made += 1
+        sequence.history.add(token)
         stopped = token in sequence.task.stop_ids or (token in self._eos and not sequence.task.ignore_eos)
         done = stopped or sequence.made >= sequence.limit
         if done:
@@ -285,16 +259,28 @@ class Last:
             del self._sequences[sequence.key]
         outcome.returns.append(Return(*sequence.key, token, done))
 
-    def _score(self, sequence: Sequence, hidden: torch.Tensor, entered: torch.Tensor, outcome: Outcome) -> None:
-        """Hidden states and log p of each following token, a chunk a PARTIAL, so that logits of one chunk exist."""
+    def _score(
+        self, sequence: Sequence, position: int, hidden: torch.Tensor, entered: torch.Tensor, outcome: Outcome
+    ) -> None:
+        """Hidden states and log p of each following token, a few positions a PARTIAL, so that logits of these exist.
+
+        `position` is that of the first of `hidden`; what was sent before (a sequence computed again) is not repeated.
+        """
         targets = sequence.prompt[1:]
-        for number, first in enumerate(range(0, len(hidden), CHUNK)):
-            part = slice(first, first + CHUNK)
+        end = min(position + len(hidden), len(targets))
+        for first in range(max(position, sequence.scored), end, CHUNK):
+            after = min(first + CHUNK, end)
+            part = slice(first - position, after - position)
             logits = self._span.head(hidden[part]).cpu().numpy()
-            log_p = log_probs_of(logits, targets[part])
-            keys = entered[part].float().cpu().numpy()
-            body = {"position": first, "count": len(log_p), **self._info}
-            outcome.sent.append((Partial(body, [keys, log_p]), sequence.key, number))
-        outcome.sent.append((Final({"count": len(hidden), **self._info}), sequence.key, 0))
-        del self._sequences[sequence.key]
-        outcome.returns.append(Return(*sequence.key, -1, True))
+            tensors: list[Array] = [entered[part].float().cpu().numpy()] if sequence.task.states else []
+            tensors.append(log_probs_of(logits, targets[first:after]))
+            if sequence.task.top_logprobs:
+                tensors += top_log_probs(logits, sequence.task.top_logprobs)
+            body = {"position": first, "count": after - first, **self._info}
+            outcome.sent.append((Partial(body, tensors), sequence.key, sequence.parts))
+            sequence.parts += 1
+            sequence.scored = after
+        if end == len(targets):
+            outcome.sent.append((Final({"count": end, **self._info}), sequence.key, 0))
+            del self._sequences[sequence.key]
+            outcome.returns.append(Return(*sequence.key, -1, True))

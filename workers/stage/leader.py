@@ -1,135 +1,118 @@
-"""The schedule of a pipeline, held by its first stage: which rows go into which STEP, and who owns which KV blocks.
+"""The schedule of a pipeline, held by its first stage: which rows go into which STEP, and who waits for whom.
 
 Pure bookkeeping: knows no tensor, no socket, no time.
 """
 
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
+from bisect import insort
+from collections.abc import Iterable
+from math import inf
 
 from ...schema.errors import Refused
 from ...schema.message import Active, Return, Row, Start
-from ..engine.pool import BLOCK, BlockPool
+from ..engine.pool import BLOCK
+from .batch import Batch, Key, Phase, Sequence, blocks_for
+from .memory import Memory
 
-PREFILL = 1024  # tokens of prompts in one micro-batch; a single longer prompt is one of its own
+CHUNK = 256  # tokens of prompts in one micro-batch
+SCORED = 256  # tokens of a score in one row, whose results are one part
 
-Key = tuple[bytes, int]  # id and attempt of a request
-
-
-class Phase(Enum):
-    """Where a sequence is. FLYING: one row of it is on its way through the stages."""
-
-    WAITING = "waiting for KV blocks"
-    FRESH = "admitted, not computed"
-    READY = "ready for its next token"
-    PAUSED = "its reader is slow"
-    FLYING = "in a micro-batch"
-    ENDED = "ended"
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One request of the pipeline.
-
-    Attributes:
-        tokens: the prompt, then what was sampled.
-        length: tokens of the prompt.
-        need: KV slots that it may use at most.
-        until: new tokens that its reader takes (0 = no bound), asked anew each time.
-        ended: called once, when no stage will write to its blocks any more.
-    """
-
-    id: bytes
-    attempt: int
-    tokens: list[int]
-    params: dict[str, Any]
-    need: int
-    until: Callable[[], int]
-    ended: Callable[[], None]
-    length: int = 0
-    computed: int = 0
-    blocks: list[int] = field(default_factory=list)
-    phase: Phase = Phase.WAITING
-    cancelled: bool = False
-    started: bool = False
-
-    @property
-    def key(self) -> Key:
-        return self.id, self.attempt
-
-
-@dataclass(slots=True)
-class Batch:
-    """One micro-batch: number (0: no rows), rows, parameters of new ones, ended sequences, ids of all rows."""
-
-    number: int
-    rows: list[Row]
-    starts: list[Start]
-    ended: list[Active]
-    ids: list[int]
-    prompts: list[int]
+Flight = list[tuple[Sequence, int, int]]  # a micro-batch under way: its sequences, from and up to where of each
 
 
 class Leader:
     """The only scheduler of a pipeline.
 
+    Continuous batching over stages: each micro-batch takes about (sequences / stages) next tokens, so that every stage
+    has one, and beside them a chunk of prompts, so that a long prompt delays nobody by more than a chunk (chunked
+    prefill: Agrawal et al. 2024, "Sarathi-Serve"). Where KV blocks run out the least urgent sequence gives its own
+    back and is computed anew later; nothing is refused or lost.
+
     Args:
         stages: of the pipeline.
         blocks: KV blocks that every stage has.
         max_rows: of a micro-batch.
+        chunk: tokens of prompts in one micro-batch.
+
+    Attributes:
+        preempted: how often a sequence gave its blocks back.
+        prefilled: tokens of prompts that were computed.
     """
 
-    def __init__(self, stages: int, blocks: int, max_rows: int) -> None:
-        self.flying = 0
+    def __init__(self, stages: int, blocks: int, max_rows: int, chunk: int = CHUNK) -> None:
+        self.preempted = 0
+        self.prefilled = 0
+        self.memory = Memory(blocks)
         self._stages = stages
         self._max_rows = max_rows
-        self._capacity = blocks
-        self._pool = BlockPool(blocks)
+        self._chunk = chunk
         self._sequences: dict[Key, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()
-        self._fresh: deque[Sequence] = deque()
-        self._ready: deque[Sequence] = deque()
+        self._waiting: list[Sequence] = []  # these two in the order of their turn
+        self._prefill: list[Sequence] = []
+        self._ready: list[Sequence] = []  # in the order in which they became so, by priority
+        self._flights: dict[int, Flight] = {}
+        self._chunks: set[int] = set()  # the flights that hold prompts
         self._over: list[Active] = []
         self._number = 0
-        self._prefilled = False
+        self._count = 0
+        self._stamp = 0
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     @property
-    def free_blocks(self) -> int:
-        return self._pool.available
+    def flying(self) -> int:
+        """Micro-batches under way."""
+        return len(self._flights)
+
+    @property
+    def working(self) -> bool:
+        """Some sequence waits for the pipeline, not for its reader."""
+        return any(sequence.phase is not Phase.PAUSED for sequence in self._sequences.values())
+
+    @property
+    def gauges(self) -> dict[str, int]:
+        """What `status` shows of it."""
+        memory = self.memory
+        return {
+            "sequences": len(self._sequences),
+            "waiting": len(self._waiting),
+            "kv_blocks": memory.blocks,
+            "free_blocks": memory.available,
+            "cached_blocks": memory.cached,
+            "peak_blocks": memory.peak,
+            "prefilled_tokens": self.prefilled,
+            "reused_tokens": memory.reused,
+            "preempted": self.preempted,
+        }
 
     def add(self, sequence: Sequence) -> None:
-        """Takes a request; it is admitted in order of arrival, once blocks for all it may need are free.
+        """Takes a request; among equals of priority the first to come is served first.
 
         Raises:
             Refused: it needs more blocks than there are.
         """
-        needed = blocks_for(sequence.need)
-        if needed > self._capacity:
+        needed, there = blocks_for(sequence.need), self.memory.blocks
+        if needed > there:
             raise Refused(
-                f"prompt and max_tokens need {needed} KV blocks of {BLOCK} tokens, the pipeline has {self._capacity}: "
+                f"prompt and max_tokens need {needed} KV blocks of {BLOCK} tokens, the pipeline has {there}: "
                 "ask for fewer tokens, or start the stages with more kv_mib"
             )
+        self._count += 1
+        sequence.order = self._count
         sequence.length = len(sequence.tokens)
         self._sequences[sequence.key] = sequence
-        self._waiting.append(sequence)
+        insort(self._waiting, sequence, key=_turn)
 
     def cancel(self, key: Key) -> None:
         """Stops a sequence; its blocks are free once the last STEP that names them has come back."""
         sequence = self._sequences.get(key)
-        if sequence is None or sequence.cancelled:
+        if sequence is None or sequence.over:
             return
-        sequence.cancelled = True
+        sequence.over = True
         if sequence.started:
-            self._over.append(Active(*key))  # the last stage forgets it, and returns what it has parked
-        if sequence.phase is not Phase.FLYING:
-            for line in (self._waiting, self._fresh, self._ready):
-                if sequence in line:
-                    line.remove(sequence)
+            self._over.append(Active(*key))  # the last stage forgets it, and what it has parked
+        self._unlist(sequence)
+        if not sequence.flying:
             self._end(sequence)
 
     def granted(self, key: Key) -> None:
@@ -139,109 +122,195 @@ class Leader:
             self._settle(sequence)
 
     def next(self) -> Batch | None:
-        """The next micro-batch, or None where nothing is to be sent now.
-
-        Prompts and next tokens take turns, so that neither starves the other. At most two micro-batches a stage are
-        under way. A micro-batch takes about (sequences / stages) rows: more would leave the other stages idle, and a
-        smaller one is sent only where a stage would have nothing to do.
-        """
+        """The next micro-batch, or None where nothing is to be sent now; at most two a stage are under way."""
         over, self._over = self._over, []
-        rows: list[Sequence] = []
-        if self.flying < 2 * self._stages:
-            self._admit()
-            if self._fresh and not (self._prefilled and self._ready):
-                rows = self._prompts()
-            if not rows:
-                rows = self._tokens()
-        if rows:
-            self._prefilled = not rows[0].started
-            return self._batch(rows, over)
+        flight = self._board() if self.flying < 2 * self._stages else []
+        if flight:
+            return self._batch(flight, over)
         return Batch(0, [], [], over, [], []) if over else None
 
-    def returned(self, number: int, returns: tuple[Return, ...]) -> None:
+    def returned(self, number: int, returns: Iterable[Return]) -> None:
         """The last stage is done with rows; `number` > 0 says that a micro-batch has left the pipeline."""
-        if number:
-            self.flying -= 1
+        flight = self._flights.pop(number, [])
+        self._chunks.discard(number)
+        for sequence, _, _ in flight:
+            sequence.flying -= 1
+        failed: set[Key] = set()
+        ended: list[Sequence] = []
         for row in returns:
-            sequence = self._sequences.get((row.id, row.attempt))
-            if sequence is None or sequence.phase is not Phase.FLYING:
+            known = self._sequences.get((row.id, row.attempt))
+            if known is None:
                 continue
-            if row.done or sequence.cancelled:
+            if row.token < 0:
+                failed.add(known.key)
+            if row.done:
+                ended.append(known)
+            elif known.phase is Phase.AWAITED and not known.over:
+                known.tokens.append(row.token)
+                self._settle(known)
+        for sequence, _, end in flight:
+            if sequence.key not in failed and not sequence.over:
+                self.memory.complete(sequence, end)
+        for sequence in ended:
+            sequence.over = True
+            self._unlist(sequence)
+        for sequence in (*ended, *[sequence for sequence, _, _ in flight]):
+            if sequence.over and not sequence.flying:
                 self._end(sequence)
-            else:
-                sequence.tokens.append(row.token)
-                self._settle(sequence)
 
     def abandon(self) -> None:
         """The pipeline is over: every sequence ends."""
         for sequence in list(self._sequences.values()):
             self._end(sequence)
 
-    # -- inside
+    # -- who goes next
 
-    def _admit(self) -> None:
-        while self._waiting:
-            blocks = self._pool.take(blocks_for(self._waiting[0].need))
-            if blocks is None:
-                return
-            sequence = self._waiting.popleft()
-            sequence.blocks = blocks
-            sequence.phase = Phase.FRESH
-            self._fresh.append(sequence)
+    def _board(self) -> Flight:
+        """Rows of the next micro-batch.
 
-    def _prompts(self) -> list[Sequence]:
-        rows = [self._fresh.popleft()]
-        tokens = rows[0].length
-        while self._fresh and len(rows) < self._max_rows and tokens + self._fresh[0].length <= PREFILL:
-            rows.append(self._fresh.popleft())
-            tokens += rows[-1].length
-        return rows
-
-    def _tokens(self) -> list[Sequence]:
-        active = sum(sequence.phase in _ACTIVE for sequence in self._sequences.values())
-        wanted = min(self._max_rows, max(1, -(-active // self._stages)))
-        if not self._ready or (len(self._ready) < wanted and self.flying >= self._stages):
+        Next tokens wait for more of their like where every stage has work: fuller micro-batches, and fewer. Beside
+        sequences that await their next token, chunks go one a stage at a time: with more the next tokens would queue.
+        """
+        self._admit()
+        decoding = sum(sequence.phase in _DECODING for sequence in self._sequences.values())
+        wanted = min(self._max_rows, max(1, -(-decoding // self._stages)))
+        prompts = bool(self._prefill) and (not decoding or len(self._chunks) < self._stages)
+        if not prompts and len(self._ready) < wanted and self.flying >= self._stages:
             return []
-        return [self._ready.popleft() for _ in range(min(wanted, len(self._ready)))]
+        flight: Flight = []
+        wanted = min(wanted, self._max_rows - prompts)
+        for sequence in self._ready[:]:
+            if len(flight) == wanted:
+                break
+            if sequence.phase is Phase.READY and self._grow(sequence):
+                self._ready.remove(sequence)
+                flight.append(self._fly(sequence, 1))
+        if prompts:
+            flight += self._prompts(len(flight))
+        return flight
 
-    def _batch(self, sequences: list[Sequence], over: list[Active]) -> Batch:
+    def _prompts(self, rows: int) -> Flight:
+        """A chunk beside so many next tokens."""
+        flight: Flight = []
+        room = max(1, self._chunk - rows)
+        for sequence in self._prefill[:]:
+            if not room or rows + len(flight) >= self._max_rows:
+                break
+            count = min(room, sequence.known - sequence.computed, SCORED if sequence.scored else room)
+            room -= count
+            self.prefilled += count
+            flight.append(self._fly(sequence, count))
+            if sequence.phase is not Phase.PREFILL:
+                self._prefill.remove(sequence)
+        return flight
+
+    def _fly(self, sequence: Sequence, count: int) -> tuple[Sequence, int, int]:
+        begin = sequence.computed
+        sequence.computed += count
+        sequence.flying += 1
+        if sequence.computed == sequence.known:
+            sequence.phase = Phase.AWAITED
+        elif sequence.scored:
+            sequence.parts += 1
+            until = sequence.until()
+            if until and sequence.parts >= until:
+                sequence.phase = Phase.PAUSED
+        return sequence, begin, sequence.computed
+
+    def _batch(self, flight: Flight, over: list[Active]) -> Batch:
         self._number += 1
-        self.flying += 1
+        self._flights[self._number] = flight
+        if any(end - begin > 1 or not sequence.started for sequence, begin, end in flight):
+            self._chunks.add(self._number)
         batch = Batch(self._number, [], [], over, [], [])
-        for place, sequence in enumerate(sequences):
-            fed = sequence.tokens[sequence.computed : sequence.params.get("feed", len(sequence.tokens))]
-            used = blocks_for(sequence.computed + len(fed))
-            row = Row(sequence.id, sequence.attempt, sequence.computed, len(fed), tuple(sequence.blocks[:used]))
-            batch.rows.append(row)
-            batch.ids += fed
+        for place, (sequence, begin, end) in enumerate(flight):
+            blocks = tuple(sequence.blocks[: blocks_for(end)])
+            batch.rows.append(Row(sequence.id, sequence.attempt, begin, end - begin, blocks))
+            batch.ids += sequence.tokens[begin:end]
             if not sequence.started:
                 sequence.started = True
                 batch.starts.append(Start(place, sequence.length, sequence.params))
-                batch.prompts += sequence.tokens
-            sequence.computed += len(fed)
-            sequence.phase = Phase.FLYING
+                batch.prompts += sequence.tokens[: sequence.length]
         return batch
 
+    # -- who has blocks
+
+    def _admit(self) -> None:
+        """Blocks for who waits, in turn; nobody overtakes but those that another one's prefill will soon serve."""
+        for sequence in self._waiting[:]:
+            if self.memory.worth_waiting(sequence):
+                continue
+            holders = sum(bool(other.blocks) for other in self._sequences.values())
+            reserve = min(holders, self.memory.blocks // 8)  # each of them will need a block soon
+            while not self.memory.admit(sequence, reserve):
+                if not self._make_room((-sequence.priority, inf)):
+                    return
+            self._waiting.remove(sequence)
+            sequence.phase = Phase.PREFILL
+            insort(self._prefill, sequence, key=_turn)
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """A block for its next token. Who comes later in turn gives way; where nobody can, it waits until one does, or
+        gives way itself to one before it. The first in turn always gets on."""
+        while not self.memory.grow(sequence):
+            if not self._make_room(sequence.turn):
+                return False
+        return True
+
+    def _make_room(self, turn: tuple[int, float]) -> bool:
+        """Takes the blocks of the last in turn of those behind `turn`; those with a slow reader come first."""
+        idle = [s for s in self._sequences.values() if s.blocks and not s.flying]
+        found = [s for s in idle if s.phase is Phase.PAUSED] or [s for s in idle if s.turn > turn]
+        if not found:
+            return False
+        self._preempt(max(found, key=_turn))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Its tokens are computed anew later; the last stage keeps what it knows of it."""
+        self.preempted += 1
+        self._unlist(sequence)
+        self.memory.drop(sequence)
+        if sequence.phase in (Phase.PREFILL, Phase.READY):
+            self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.phase = Phase.WAITING
+        insort(self._waiting, sequence, key=_turn)
+
     def _settle(self, sequence: Sequence) -> None:
-        """READY, or PAUSED where the reader has not taken enough."""
+        """PAUSED where the reader has not taken enough, else on to the next token."""
         until = sequence.until()
-        if until and len(sequence.tokens) - sequence.length >= until:
+        sent = sequence.parts if sequence.scored else len(sequence.tokens) - sequence.length
+        if until and sent >= until:
             sequence.phase = Phase.PAUSED
+        elif not sequence.blocks:
+            self._wait(sequence)
+        elif sequence.known - sequence.computed > 1 or sequence.scored:
+            sequence.phase = Phase.PREFILL
+            insort(self._prefill, sequence, key=_turn)
         else:
+            self._stamp += 1
+            sequence.stamp = self._stamp
             sequence.phase = Phase.READY
-            self._ready.append(sequence)
+            insort(self._ready, sequence, key=lambda ready: (-ready.priority, ready.stamp))
+
+    def _unlist(self, sequence: Sequence) -> None:
+        for line in (self._waiting, self._prefill, self._ready):
+            if sequence in line:
+                line.remove(sequence)
 
     def _end(self, sequence: Sequence) -> None:
+        if self._sequences.pop(sequence.key, None) is None:
+            return
+        self._unlist(sequence)
         sequence.phase = Phase.ENDED
-        del self._sequences[sequence.key]
-        if sequence.blocks:
-            self._pool.free(sequence.blocks)
+        self.memory.drop(sequence)
         sequence.ended()
 
 
-_ACTIVE = (Phase.FRESH, Phase.READY, Phase.FLYING)
+_DECODING = (Phase.READY, Phase.AWAITED)
 
 
-def blocks_for(tokens: int) -> int:
-    """KV blocks that hold so many tokens."""
-    return -(-tokens // BLOCK)
+def _turn(sequence: Sequence) -> tuple[int, int]:
+    return sequence.turn

@@ -8,7 +8,10 @@ import numpy as np
 
 from ...schema.errors import WorkerFailed
 from ...schema.tensor import Tensor
-from .leader import Key
+from ..engine.mixing import knn_distribution, mix
+from ..hooks import LogitsHook, Tokens, Values
+from ..params import Retrieval
+from .batch import Key
 
 FOLLOWING = 8  # tokens behind each neighbour
 
@@ -56,6 +59,21 @@ class Neighbours:
     distances: Array
     following: Array
     passages: list[dict[str, Any]]
+
+
+class Mixing(LogitsHook):
+    """kNN-LM's p = lambda p_knn + (1 - lambda) p_lm, as the logits hook that a row with neighbours goes through."""
+
+    on = "probabilities"
+
+    def __call__(self, tokens: Tokens, values: Values, params: dict[str, Any]) -> Values:
+        """`params`: retrieval (Retrieval), metric, and found (Neighbours). ValueError for tokens of no vocabulary."""
+        retrieval: Retrieval = params["retrieval"]
+        found: Neighbours = params["found"]
+        distances = found.distances if params["metric"] == "l2" else -found.distances
+        behind = found.following[:, retrieval.staleness]
+        ids, probs = knn_distribution(distances, behind, len(values), retrieval.knn_temperature)
+        return mix(values, ids, probs, retrieval.knn_lambda)
 
 
 def neighbours_of(query: Query, body: dict[str, Any], tensors: tuple[Tensor, ...]) -> list[Neighbours]:

@@ -37,7 +37,20 @@ def prompt_of(request: Request, task: Task, loaded: Loaded) -> list[int]:
         raise Refused(f"prompt={task.prompt} is more than the {len(ids)} tokens that came")
     if any(not 0 <= token < config.vocab for token in task.stop_ids):
         raise Refused(f"stop_ids has ids outside 0..{config.vocab - 1}")
+    if any(not 0 <= token < config.vocab for token, _ in task.logit_bias):
+        raise Refused(f"logit_bias has ids outside 0..{config.vocab - 1}")
     return [int(token) for token in np.asarray(ids)]
+
+
+def own_tokens(task: Task, length: int) -> int:
+    """How many tokens at the prompt's end are computed even where their keys and values are cached.
+
+    One, for the first new token; all, where each token's hidden state is asked for; and in a replay with staleness
+    those whose queries the next tokens still wait for.
+    """
+    if task.mode == "score":
+        return length
+    return 1 + (task.retrieve.staleness if task.retrieve is not None else 0)
 
 
 class Indexes:

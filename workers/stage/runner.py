@@ -15,6 +15,7 @@ from ...schema.errors import WorkerFailed
 from ...schema.message import Active, Error, Step
 from ...schema.tensor import Tensor
 from ..engine.span import Row, Span
+from ..hooks import Hooks
 from ..tensors import to_torch
 from .last import Last, Outcome
 
@@ -25,16 +26,17 @@ class Runner:
     """The layers of one span, and what the last one does with their output.
 
     Attributes:
-        steps: computed so far; `seconds` is the time that they took.
+        steps: computed so far; `seconds` is the time that those of this pipeline took.
         last: None but where the span is the last one.
     """
 
-    def __init__(self, span: Span, name: str, fingerprint: str) -> None:
+    def __init__(self, span: Span, name: str, fingerprint: str, hooks: Hooks | None = None) -> None:
         self.steps = 0
         self.seconds = 0.0
         self._span = span
         self._name = name
         self._fingerprint = fingerprint
+        self._hooks = hooks
         self.last: Last | None = None
         self.reset()
 
@@ -45,7 +47,8 @@ class Runner:
 
     def reset(self) -> None:
         """A pipeline is formed, or over: nothing of an earlier one counts."""
-        self.last = Last(self._span, self._fingerprint) if self._span.is_last else None
+        self.seconds = 0.0
+        self.last = Last(self._span, self._fingerprint, self._hooks) if self._span.is_last else None
 
     def run(self, step: Step) -> tuple[Step | None, Outcome]:
         """The STEP for the next stage, None after the last one; and what is to be sent from here.

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...schema.errors import Refused
 from ...schema.message import Span as Offer
@@ -11,6 +12,7 @@ from ..engine.config import ModelConfig, read_config
 from ..engine.errors import CheckpointError
 from ..engine.pool import BLOCK
 from ..engine.span import DTYPES, Span
+from ..engine.split import even_cuts
 from ..models import resolve
 
 log = logging.getLogger("ralmq.stage")
@@ -63,8 +65,8 @@ def place_of(model: str, stage: str, layers: str, name: str) -> Place:
     return Place(name or known, path, first, last, config)
 
 
-def load(place: Place, device: str, dtype: str, kv_mib: int, max_rows: int) -> Loaded:
-    """Reads the layers, and only them.
+def load(place: Place, device: str, dtype: str, kv_mib: int, max_rows: int, packed: bool = True) -> Loaded:
+    """Reads the layers, and only them; `packed` lays their matrices out for this machine's processor.
 
     Raises:
         Refused: an unknown dtype, a device that is not there, no room for one block, or a broken checkpoint.
@@ -79,8 +81,9 @@ def load(place: Place, device: str, dtype: str, kv_mib: int, max_rows: int) -> L
         raise Refused(f"kv_mib={kv_mib} holds no KV block of {BLOCK} tokens: give more")
     try:
         fingerprint = Checkpoint(place.path).fingerprint()
-        span = Span.load(place.path, place.first, place.last, dtype=dtype, device=device, blocks=blocks, progress=_told)
-    except CheckpointError as error:
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "blocks": blocks, "packed": packed}
+        span = Span.load(place.path, place.first, place.last, **options, progress=_told)
+    except (CheckpointError, ValueError) as error:
         raise Refused(str(error)) from None
     except (RuntimeError, AssertionError) as error:  # torch's own word on a device that is not there
         raise Refused(f"cannot load {place.path} to {device}: {str(error).splitlines()[0]}") from None
@@ -96,7 +99,7 @@ def _even(stage: str, layers: int) -> tuple[int, int]:
     place, stages = _numbers(stage, "/", "stage=0/2")
     if not 0 <= place < stages <= layers:
         raise Refused(f"stage={stage} does not exist: the model's {layers} layers split into 1 to {layers} stages")
-    return place * layers // stages, (place + 1) * layers // stages
+    return even_cuts(layers, stages)[place]
 
 
 def _numbers(text: str, between: str, example: str) -> tuple[int, int]:

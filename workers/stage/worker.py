@@ -16,11 +16,14 @@ from ...schema.frame import RETURN, Prefix
 from ...schema.limits import MAX_ROWS, NO_ID
 from ...schema.message import Beat, Error, Form, Gone, Return, Span, Step
 from ..base import ELSEWHERE, Answer, Request, Worker
+from ..hooks import check_hooks, load_hooks
 from ..params import Task
+from .batch import Batch, Key, Sequence
+from .clock import Stopwatch
 from .last import Outcome
-from .leader import Batch, Key, Leader, Sequence
+from .leader import CHUNK, Leader
 from .neighbours import Query, neighbours_of
-from .prompts import Indexes, prompt_of
+from .prompts import Indexes, own_tokens, prompt_of
 from .runner import Runner
 from .weights import Loaded, load, place_of
 
@@ -41,6 +44,8 @@ class Stage(Worker):
         kv_mib: memory for keys and values.
         max_rows: sequences in one micro-batch.
         capacity: requests that the leader takes at a time, waiting ones included.
+        chunk: tokens of prompts in one micro-batch; next tokens wait for at most about that many.
+        hooks: logits hooks that requests may name: my_pkg:Class or entry points, with commas; the same on all stages.
     """
 
     def __init__(
@@ -56,21 +61,26 @@ class Stage(Worker):
         kv_mib: int = 256,
         max_rows: int = 64,
         capacity: int = 128,
+        chunk: int = CHUNK,
+        hooks: str = "",
     ) -> None:
-        for option, value in (("threads", threads), ("kv_mib", kv_mib), ("max_rows", max_rows), ("capacity", capacity)):
+        numbers = {"threads": threads, "kv_mib": kv_mib, "max_rows": max_rows, "capacity": capacity, "chunk": chunk}
+        for option, value in numbers.items():
             if value < 1:
                 raise Refused(f"{option}={value} is too small: give at least 1")
         if max_rows > MAX_ROWS:
             raise Refused(f"max_rows={max_rows} is too large: give at most {MAX_ROWS}")
         self.capacity = capacity
+        self._hooks = load_hooks(hooks)
         self._place = place_of(model, stage, layers, name)
         self._threads, self._device, self._dtype = threads, device, dtype
-        self._kv_mib, self._max_rows = kv_mib, max_rows
+        self._kv_mib, self._max_rows, self._chunk = kv_mib, max_rows, chunk
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (threads,))
         self._waiting = 0  # calls handed to the compute thread and not back yet
         self._pipeline = NO_ID
         self._stages = 0
         self._leader: Leader | None = None
+        self._work = Stopwatch()
         self._loaded: Loaded | None = None
         self._searches: set[asyncio.Task[None]] = set()
 
@@ -83,7 +93,7 @@ class Stage(Worker):
         self._loop = asyncio.get_running_loop()
         call = partial(load, self._place, self._device, self._dtype, self._kv_mib, self._max_rows)
         self._loaded = await self._loop.run_in_executor(self._compute, call)
-        self._runner = Runner(self._loaded.span, self._place.name, self._loaded.fingerprint)
+        self._runner = Runner(self._loaded.span, self._place.name, self._loaded.fingerprint, self._hooks)
         self._indexes = Indexes(self._loaded)
 
     async def stop(self) -> None:
@@ -101,6 +111,7 @@ class Stage(Worker):
         leader = self._leader
         task = Task.of(request.body)
         ids = prompt_of(request, task, self._loaded)
+        check_hooks(task.hooks, self._hooks)
         params: dict[str, Any] = {"task": task.model_dump(exclude_defaults=True)}
         if request.deadline:
             params["seconds"] = max(0.001, request.deadline - self._loop.time())
@@ -116,7 +127,8 @@ class Stage(Worker):
             raise WorkerLost(f"the pipeline of {self._place.name} is over: ask again")
         ended: asyncio.Future[None] = self._loop.create_future()
         key = (request.id, request.attempt)
-        sequence = Sequence(*key, ids, params, need, lambda: request.until, lambda: _resolve(ended))
+        until, over = (lambda: request.until), (lambda: _resolve(ended))
+        sequence = Sequence(*key, ids, params, need, until, over, request.priority, own_tokens(task, len(ids)))
         leader.add(sequence)
         request.granted = partial(self._granted, leader, key)
         self._drive()
@@ -156,20 +168,21 @@ class Stage(Worker):
         if runner.last is not None:
             gauges["answering"] = len(runner.last)
         if self._leader is not None:
-            gauges |= {"sequences": len(self._leader), "free_blocks": self._leader.free_blocks}
+            gauges |= {"work_s": round(self._work.seconds, 3), **self._leader.gauges}
         return replace(beat, progress=runner.progress, busy=self._waiting, gauges=gauges)
 
     def _form(self, pipeline: bytes, form: Form) -> None:
         self._over()
         self._pipeline, self._stages = pipeline, form.stages
         if form.place == 0:
-            self._leader = Leader(form.stages, form.kv_blocks, form.max_rows)
+            self._leader = Leader(form.stages, form.kv_blocks, form.max_rows, self._chunk)
         log.info("stage %d/%d of %s", form.place, form.stages, form.model)
 
     def _over(self) -> None:
         """The pipeline is no more: its sequences end here without a word, since the broker has answered them."""
         leader, self._leader = self._leader, None
         self._pipeline = NO_ID
+        self._work.reset()
         for search in self._searches:
             search.cancel()
         if leader is not None:
@@ -181,8 +194,11 @@ class Stage(Worker):
 
     def _drive(self) -> None:
         """Hands micro-batches to the compute thread for as long as the leader has any to send."""
-        while self._leader is not None and (batch := self._leader.next()) is not None:
+        if self._leader is None:
+            return
+        while (batch := self._leader.next()) is not None:
             self._run(_step_of(batch))
+        self._work.run(self._leader.working)
 
     def _run(self, step: Step) -> None:
         self._submit(partial(self._runner.run, step), partial(self._computed, step))

@@ -1,0 +1,28 @@
+"""The worker `stage` whose every call takes 20 ms, most of them asleep, so that cores do not decide."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ralmq.workers.stage.worker import Stage
+
+
+class Sleepy(Stage):
+    """Started with `ralmq worker sleepy_stage:Sleepy`, where this file lies."""
+
+    def __init__(self, *, model: Path, stage: str, name: str, ms: float = 20.0) -> None:
+        super().__init__(model=str(model), stage=stage, name=name)
+        self._seconds = ms / 1000
+
+    async def start(self) -> None:
+        await super().start()
+        span = self._runner._span
+        forward = span.forward
+
+        def slow(*given: Any, **options: Any) -> Any:
+            end = time.perf_counter() + self._seconds
+            found = forward(*given, **options)
+            time.sleep(max(0.0, end - time.perf_counter()))
+            return found
+
+        span.forward = slow  # type: ignore[method-assign]

@@ -1,0 +1,283 @@
+"""x [n, in] -> [n, out] with one weight matrix, in the form that is fastest for its dtype and machine.
+
+Knows matrices alone: no layer, no file. Each form is filled by rows while a checkpoint is read, so that a matrix is
+never held twice; only oneDNN's own layouts are made from a finished one.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+WIDTH = 64  # outputs of one block of Blocked
+GROUP = 16  # rows of one small product of Blocked
+SMALL = 1_000_000  # up to so many multiplications OpenBLAS runs its unpacked kernels (sgemm_small_kernel_permit)
+WORTH = 1 << 17  # elements of a matrix from which another form than the plain one pays
+TILE = 1 << 20  # elements that are dequantized at a time
+LEVELS = 127  # of int8, each way
+PIECE = 64  # rows that are quantized at a time
+
+
+class Linear(Protocol):
+    """One matrix product. `bias` [out] or None is set before the first call."""
+
+    bias: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, without the bias."""
+        ...
+
+    def fill(self, start: int, rows: Tensor, column: int = 0) -> None:
+        """Sets outputs `start` ... and inputs `column` ... of the weight to `rows` [some, some], of any float dtype."""
+        ...
+
+    def finished(self) -> "Linear":
+        """What to call once every row is filled: this, or another form made from it."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [n, in] -> a new tensor [n, out]."""
+        ...
+
+
+@dataclass(slots=True)
+class Plain:
+    """torch's own product; `weight` is [out, in]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    packed: bool = False  # whether `finished` may pack it for oneDNN
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def fill(self, start: int, rows: Tensor, column: int = 0) -> None:
+        self.weight[start : start + len(rows), column : column + rows.shape[1]] = rows
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` [n] of the weight, [n, in]: what an embedding tied to this matrix looks up."""
+        return functional.embedding(ids, self.weight)
+
+    def finished(self) -> "Linear":
+        if self.packed and self.weight.numel() >= WORTH and onednn_packs():
+            return Packed(torch.ops.mkldnn._reorder_linear_weight(self.weight, GROUP), self.weight.nbytes, self.bias)
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+@dataclass(slots=True)
+class Packed:
+    """oneDNN's own layout for fp32; 1.1x of the plain form at one row and 1.7x to 2x at 4 to 16, any threads."""
+
+    weight: Tensor  # opaque
+    nbytes: int
+    bias: Tensor | None = None
+
+    def fill(self, start: int, rows: Tensor, column: int = 0) -> None:
+        raise TypeError("a packed matrix is made from a plain one")
+
+    def finished(self) -> "Linear":
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return out
+
+
+class Blocked:
+    """fp32, one thread: blocks [in / parts, 64] that OpenBLAS, which numpy brings, multiplies without packing them.
+
+    At a few rows a product is bound by reading the weight, and MKL and oneDNN read it at half the memory's bandwidth;
+    OpenBLAS' kernels for small matrices reach it. Rows go 16 at a time, and a block stays in the second-level cache
+    for all of them. One row goes as two: a product with one row is another, slower routine, which starts threads.
+    """
+
+    __slots__ = ("_blocks", "_numpy", "bias", "outputs")
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        parts = parts_of(inputs)
+        assert parts is not None
+        self._blocks = torch.zeros(parts, -(-outputs // WIDTH), 1, inputs // parts, WIDTH)
+        self._numpy = self._blocks.numpy()
+        self.outputs = outputs
+        self.bias: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self._blocks.nbytes
+
+    def fill(self, start: int, rows: Tensor, column: int = 0) -> None:
+        parts, _, _, depth, _ = self._blocks.shape
+        end = column + rows.shape[1]
+        for part in range(parts):
+            low, high = max(column, part * depth), min(end, (part + 1) * depth)
+            if low < high:
+                place = self._blocks[part, :, 0, low - part * depth : high - part * depth]
+                self._place(place, start, rows[:, low - column : high - column])
+
+    def _place(self, blocks: Tensor, start: int, rows: Tensor) -> None:
+        """Puts `rows` [some outputs, some inputs] into `blocks` [blocks, some inputs, 64], whole blocks at once."""
+        done = 0
+        while done < len(rows):
+            block, column = divmod(start + done, WIDTH)
+            left = len(rows) - done
+            if column == 0 and left >= WIDTH:
+                whole = left // WIDTH
+                count = whole * WIDTH
+                blocks[block : block + whole] = rows[done : done + count].unflatten(0, (whole, WIDTH)).transpose(1, 2)
+            else:
+                count = min(WIDTH - column, left)
+                blocks[block, :, column : column + count] = rows[done : done + count].t()
+            done += count
+
+    def finished(self) -> "Linear":
+        return self
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` [n] of the weight, [n, in], as Plain.rows."""
+        picked = self._blocks[:, ids // WIDTH, 0, :, ids % WIDTH]
+        return picked.reshape(len(ids), -1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        parts, blocks, _, depth, _ = self._blocks.shape
+        n = len(x)
+        groups = max(1, -(-n // GROUP))
+        rows = max(2, n) if groups < 2 else GROUP
+        if n != groups * rows:
+            x = functional.pad(x, (0, 0, 0, groups * rows - n))
+        x = x.reshape(groups, rows, parts, depth).permute(2, 0, 1, 3).unsqueeze(1)
+        made = torch.from_numpy(np.matmul(x.numpy(), self._numpy))  # [parts, blocks, groups, rows, 64]
+        total = made[0] if parts == 1 else made.sum(0)
+        out = total.permute(1, 2, 0, 3).reshape(groups * rows, blocks * WIDTH)[:n, : self.outputs]
+        return out.contiguous() if self.bias is None else out + self.bias
+
+
+class Int8:
+    """Weights as int8 with one scale per output (symmetric), a quarter of the bytes of fp32.
+
+    With oneDNN's kernels each row of x is rounded to 8 bits too, with a scale of its own (as in Dettmers et al. 2022,
+    LLM.int8()): the sums are exact integers, so a row's result does not depend on the rows beside it. Elsewhere, and
+    with `packed` off, x stays as it is and the weight is dequantized a tile at a time.
+    """
+
+    __slots__ = ("_codes", "_packed", "_scale", "_zeros", "bias", "packed")
+
+    def __init__(self, outputs: int, inputs: int, device: torch.device, packed: bool) -> None:
+        self._codes: Tensor | None = torch.empty(outputs, inputs, dtype=torch.int8, device=device)
+        self._scale = torch.empty(outputs, device=device)
+        self._zeros = torch.zeros(outputs if packed else 0, dtype=torch.int32)
+        self._packed: Any = None
+        self.bias: Tensor | None = None
+        self.packed = packed and device.type == "cpu"
+
+    @property
+    def nbytes(self) -> int:
+        held = self._codes if self._codes is not None else self._packed
+        return int(held.numel()) + self._scale.nbytes
+
+    def fill(self, start: int, rows: Tensor, column: int = 0) -> None:
+        assert self._codes is not None and (column, rows.shape[1]) == (0, self._codes.shape[1]), "a scale is of a row"
+        for first in range(0, len(rows), PIECE):
+            piece = rows[first : first + PIECE].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            scale = piece.abs().amax(1).div_(LEVELS).clamp_min_(torch.finfo(torch.float32).tiny)
+            place = slice(start + first, start + first + len(piece))
+            self._codes[place] = piece.div_(scale[:, None]).round_().clamp_(-LEVELS, LEVELS)
+            self._scale[place] = scale
+
+    def finished(self) -> "Linear":
+        if self.packed and self._codes is not None and onednn_quantizes():
+            self._packed = torch.ops.onednn.qlinear_prepack(self._codes, None)
+            self._codes = None
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._tiled(x) if self._packed is None or not len(x) else self._exact(x)
+
+    def _exact(self, x: Tensor) -> Tensor:
+        step = x.abs().amax(1, keepdim=True).mul_(1 / LEVELS).clamp_min_(torch.finfo(torch.float32).tiny)
+        codes = (x / step).add_(128.5).to(torch.uint8)  # 128 is zero: oneDNN's fast kernels want unsigned x
+        out = _quantized_product(codes, self._packed, self._scale, self._zeros)
+        return out.mul_(step) if self.bias is None else torch.addcmul(self.bias, out, step)
+
+    def _tiled(self, x: Tensor) -> Tensor:
+        outputs, inputs = len(self._scale), x.shape[1]
+        out = torch.empty(len(x), outputs, dtype=x.dtype, device=x.device)
+        tile = max(1, TILE // inputs)
+        for start in range(0, outputs if len(x) else 0, tile):
+            assert self._codes is not None
+            part = slice(start, start + tile)
+            weight = (self._codes[part] * self._scale[part, None]).to(x.dtype)
+            out[:, part] = functional.linear(x, weight)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def empty(
+    outputs: int, inputs: int, dtype: torch.dtype, device: torch.device, *, int8: bool = False, packed: bool = False
+) -> Linear:
+    """A matrix to be filled, in the form that fits. With `packed` forms count that suit this machine alone; which one
+    depends on sizes, torch's threads and the processor, never on a timing: a replay must give the same bits."""
+    if int8:
+        return Int8(outputs, inputs, device, packed)
+    packed = packed and device.type == "cpu" and dtype == torch.float32
+    if packed and outputs * inputs >= WORTH and parts_of(inputs) and torch.get_num_threads() == 1 and blas_blocks():
+        return Blocked(outputs, inputs)
+    return Plain(torch.empty(outputs, inputs, dtype=dtype, device=device), packed=packed)
+
+
+def parts_of(inputs: int) -> int | None:
+    """Into how many equal parts `inputs` are cut so that 16 rows of one block are a small product; None: into none."""
+    fewest = -(-inputs * GROUP * WIDTH // SMALL)
+    return next((n for n in range(fewest, 4 * fewest + 1) if inputs % n == 0), None)
+
+
+def _quantized_product(x: Tensor, weight: Any, scale: Tensor, zeros: Tensor) -> Tensor:
+    """(x - 128) @ weight.t() * scale, x being uint8 and weight int8, summed in int32."""
+    arguments = (x, 1.0, 128, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    out: Tensor = torch.ops.onednn.qlinear_pointwise(*arguments)
+    return out
+
+
+@cache
+def blas_blocks() -> bool:
+    """Whether numpy's BLAS has kernels for small matrices: OpenBLAS on a processor with AVX-512."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    built: Any = np.show_config(mode="dicts")  # type: ignore[call-overload,unused-ignore]
+    return "openblas" in str(built["Build Dependencies"]["blas"]["name"])
+
+
+@cache
+def onednn_packs() -> bool:
+    """Whether this torch packs a matrix for oneDNN and multiplies right with it."""
+    weight, x = _sample(64, 96), _sample(3, 96)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, GROUP)
+        got = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return bool(torch.allclose(got, functional.linear(x, weight), atol=1e-5))
+
+
+@cache
+def onednn_quantizes() -> bool:
+    """Whether this torch has the quantized product, and this processor sums it without saturating."""
+    codes = torch.full((64, 128), LEVELS, dtype=torch.int8)
+    x = torch.full((3, 128), 255, dtype=torch.uint8)
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(codes, None)
+        got = _quantized_product(x, packed, torch.ones(64), torch.zeros(64, dtype=torch.int32))
+    except (AttributeError, RuntimeError):
+        return False
+    return bool((got == float(128 * LEVELS * LEVELS)).all())
+
+
+def _sample(rows: int, columns: int) -> Tensor:
+    return torch.linspace(-1.0, 1.0, rows * columns).view(rows, columns)
