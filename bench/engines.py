@@ -1,4 +1,4 @@
-"""What generates on one CPU thread, each behind the same call: our span, transformers, CTranslate2. Measures nothing."""
+"""What generates on one CPU thread, behind one call: our span, transformers, CTranslate2. Measures nothing."""
 
 import importlib.util
 import json
@@ -77,7 +77,11 @@ def transformers(path: Path) -> Generate | None:
     """None where it is not installed."""
     if importlib.util.find_spec("transformers") is None:
         return None
-    model = load_transformers(path)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
     @torch.inference_mode()
     def generate(prompts: torch.Tensor, tokens: int) -> None:
@@ -86,14 +90,6 @@ def transformers(path: Path) -> Generate | None:
         model.generate(prompts, attention_mask=mask, do_sample=False, **fixed)
 
     return generate
-
-
-def load_transformers(path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 def ctranslate2(path: Path, work: Path, quantization: str | None) -> Generate | str:

@@ -78,6 +78,7 @@ class Experts:
     experts: Sequence[Map]
     active: int
     renormalize: bool
+    fixed: bool = False  # each of them gets as many rows as come in, so that its product has one shape
 
     def __call__(self, x: Tensor) -> Tensor:
         chances = functional.linear(x, self.router).float().softmax(-1)
@@ -88,7 +89,11 @@ class Experts:
         mixed = torch.zeros_like(x)
         for number in chosen.unique().tolist():
             tokens, place = (chosen == number).nonzero(as_tuple=True)
-            mixed.index_add_(0, tokens, self.experts[number](x[tokens]) * weights[tokens, place, None])
+            given = x[tokens]
+            if self.fixed:
+                given = functional.pad(given, (0, 0, 0, len(x) - len(tokens)))
+            made = self.experts[number](given)[: len(tokens)]
+            mixed.index_add_(0, tokens, made * weights[tokens, place, None])
         return mixed
 
 
@@ -129,7 +134,7 @@ class Attention:
             turned = qk[..., : cos.shape[-1]]
             swapped = turned.roll(cos.shape[-1] // 2, -1)
             turned.mul_(cos).addcmul_(swapped, sin)
-        cache.write(layer, step.slots, qkv[:, self.heads :])
+        cache.write(layer, step.slots, qkv[: len(step.slots), self.heads :])
         queries = qkv[:, : self.heads]
         if len(step.groups) == 1:
             return self.out(self._attend(queries, step.groups[0], cache, layer))

@@ -105,8 +105,10 @@ class Blocked:
     def __init__(self, outputs: int, inputs: int) -> None:
         parts = parts_of(inputs)
         assert parts is not None
-        self._blocks = torch.zeros(parts, -(-outputs // WIDTH), 1, inputs // parts, WIDTH)
-        self._numpy = self._blocks.numpy()
+        # numpy asks the kernel for huge pages, torch does not.
+        self._numpy = np.empty((parts, -(-outputs // WIDTH), 1, inputs // parts, WIDTH), np.float32)
+        self._blocks = torch.from_numpy(self._numpy)
+        self._blocks[:, -1].zero_()  # what is behind the last output
         self.outputs = outputs
         self.bias: Tensor | None = None
 
@@ -151,7 +153,9 @@ class Blocked:
         n = len(x)
         groups = max(1, -(-n // GROUP))
         rows = max(2, n) if groups < 2 else GROUP
-        if n != groups * rows:
+        if n == 1:
+            x = torch.cat((x, x))
+        elif n != groups * rows:
             x = functional.pad(x, (0, 0, 0, groups * rows - n))
         x = x.reshape(groups, rows, parts, depth).permute(2, 0, 1, 3).unsqueeze(1)
         made = torch.from_numpy(np.matmul(x.numpy(), self._numpy))  # [parts, blocks, groups, rows, 64]

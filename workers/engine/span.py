@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .blocks import Block, Map
+from .blocks import Block, Experts, Map
 from .checkpoint import Checkpoint
 from .config import ModelConfig, read_config
 from .families import Loader
@@ -15,7 +16,7 @@ from .kv import KVCache
 from .linear import Linear
 from .model import ADAPTER
 from .pool import BLOCK
-from .step import Row, check_rows, plan, rope_table
+from .step import Row, Step, calls, check_rows, plan, rope_table
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -55,6 +56,7 @@ class Span:
         self._cache = cache
         self._rope = rope
         self._adapter: Adapter | None = None  # runs the layers instead of blocks of ours
+        self._call = 0  # tokens of each call, where it is always the same
 
     @classmethod
     def load(
@@ -69,13 +71,15 @@ class Span:
         progress: Callable[[int, int], None] | None = None,
         adapter: bool = False,
         packed: bool = False,
+        deterministic: int = 0,
     ) -> "Span":
         """Reads these layers' tensors, and no others, from a Hugging Face directory.
 
         `blocks` sizes the KV cache (16 tokens each); `progress` is told (parts read, parts in all), a part being a
         layer, the embedding or the head. `adapter` runs a family of ours on transformers' layers as well. `packed`
-        lays matrices out for this machine's processor, which is faster. Raises CheckpointError for the directory,
-        ValueError for the arguments.
+        lays matrices out for this machine's processor, which is faster. `deterministic` > 0 computes so many tokens at
+        a time, always, so that a token's result has the same bits whatever is computed with it. Raises CheckpointError
+        for the directory, ValueError for the arguments.
         """
         config = read_config(Path(path), adapter=adapter)
         if not 0 <= first < last <= config.layers:
@@ -89,6 +93,8 @@ class Span:
             raise ValueError(
                 "dtype 'int8' is of our own layers, and this model runs on transformers'; use fp32 or bf16"
             )
+        if config.family == ADAPTER and deterministic:
+            raise ValueError("deterministic is of our own layers, and this model runs on transformers'; leave it out")
         if config.family == ADAPTER:
             return cls._adapted(Path(path), config, first, last, kind, place, blocks, progress)
         loader = Loader(Checkpoint(path), config, kind, place, int8=dtype == "int8", packed=packed)
@@ -116,7 +122,14 @@ class Span:
             span.output = span.output or loader.head()
             tell(total, total)
         span.bytes = loader.bytes
+        span._fix(deterministic)
         return span
+
+    def _fix(self, tokens: int) -> None:
+        self._call = tokens
+        for block in self._blocks:
+            if isinstance(block.mlp, Experts):
+                block.mlp.fixed = tokens > 0
 
     @classmethod
     def _adapted(
@@ -182,7 +195,19 @@ class Span:
             hidden, entered = self._adapter.forward(rows, x, ffn_input)
             self.computed += self.last - self.first
             return (hidden, entered) if ffn_input else hidden
-        step = plan(rows, self.config, self._rope, self.dtype, self.device)
+        if not self._call:
+            step = plan(rows, self.config, self._rope, self.dtype, self.device)
+            hidden, entered = self._layers(x, step)
+            return (hidden, entered) if ffn_input else hidden
+        made: list[tuple[Tensor, Tensor]] = []
+        for places, count, step in calls(rows, self._call, self.config, self._rope, self.dtype, self.device):
+            hidden, entered = self._layers(x[places], step)
+            made.append((hidden[:count], entered[:count]))
+        both = [torch.cat(parts) for parts in zip(*made, strict=True)]
+        return (both[0], both[1]) if ffn_input else both[0]
+
+    def _layers(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """What leaves the last layer, and what entered its MLP."""
         if self.embedding is None:
             hidden = x.to(device=self.device, dtype=self.dtype)
         else:
@@ -196,7 +221,7 @@ class Span:
         for layer, block in enumerate(self._blocks):
             hidden, entered = block(hidden, step, self._cache, layer)
             self.computed += 1
-        return (hidden, entered) if ffn_input else hidden
+        return hidden, entered
 
     @torch.inference_mode()
     def head(self, hidden: Tensor, want: Tensor | Sequence[int] | None = None) -> Tensor:
@@ -209,6 +234,15 @@ class Span:
         self.computed += 1
         if self._adapter is not None:
             return self._adapter.head(hidden).float()
+        if self._call:
+            parts = [
+                self._logits(functional.pad(part, (0, 0, 0, self._call - len(part))))[: len(part)]
+                for part in hidden.split(self._call)
+            ]
+            return torch.cat(parts)
+        return self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         assert self.final_norm is not None and self.output is not None
         logits = self.output(self.final_norm(hidden)).float()
         cap = self.config.logit_cap

@@ -1,7 +1,7 @@
 """One step's index tensors, made once for all layers of a span; knows which tokens see which slots, and no weight."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,8 @@ class Group:
 
 @dataclass(slots=True)
 class Step:
-    """n tokens: `positions` [n], `slots` [n], and a pair of cosines and sines [n, 1, dims] for each Rope."""
+    """n tokens: `positions` [n], `slots` [n or less] of the first ones, which alone are written, and a pair of cosines
+    and sines [n, 1, dims] for each Rope."""
 
     positions: torch.Tensor
     slots: torch.Tensor
@@ -68,9 +69,15 @@ def check_rows(rows: Sequence[Row], tokens: int, context: int, blocks: int) -> N
 
 
 def plan(
-    rows: Sequence[Row], config: ModelConfig, rope: torch.Tensor | None, dtype: torch.dtype, device: torch.device
+    rows: Sequence[Row],
+    config: ModelConfig,
+    rope: torch.Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    width: int = 0,
 ) -> Step:
-    """The step of `rows`. `rope` is the table of `rope_table`, None for learned positions."""
+    """The step of `rows`. `rope` is the table of `rope_table`, None for learned positions; `width` > 0 lets rows of
+    one token attend to so many blocks, most of them masked, whatever their positions are."""
     positions: list[int] = []
     slots: list[int] = []
     singles: list[int] = []
@@ -87,10 +94,10 @@ def plan(
             single_rows.append(row)
         else:
             share = config.heads // config.kv_heads
-            groups.append(Group(1, slice(start, start + row.count), _views([row], windows, share, dtype, device)))
+            groups.append(Group(1, slice(start, start + row.count), _views([row], windows, share, dtype, device, 0)))
     if singles:
         tokens = slice(None) if not groups else torch.tensor(singles, device=device)
-        groups.insert(0, Group(len(singles), tokens, _views(single_rows, windows, 1, dtype, device)))
+        groups.insert(0, Group(len(singles), tokens, _views(single_rows, windows, 1, dtype, device, width)))
     where = torch.tensor([positions, slots], device=device)
     step = Step(where[0], where[1], groups, [])
     if rope is not None:
@@ -99,26 +106,50 @@ def plan(
     return step
 
 
+def calls(
+    rows: Sequence[Row],
+    size: int,
+    config: ModelConfig,
+    rope: torch.Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[tuple[torch.Tensor, int, Step]]:
+    """The same tokens as steps of exactly `size`, each token a row that attends to as many blocks as the context has.
+
+    So every product has one shape, and what comes out for a token does not depend, to the last bit, on what else was
+    computed with it. Yields which of the tokens go in ([size], the first one again where too few are left), how many of
+    them count, and the step, which writes keys and values of those alone.
+    """
+    tokens = [Row(row.position + place, 1, row.blocks) for row in rows for place in range(row.count)]
+    width = -(-config.context // BLOCK)
+    for start in range(0, len(tokens), size):
+        count = min(size, len(tokens) - start)
+        places = [*range(start, start + count), *[start] * (size - count)]
+        step = plan([tokens[place] for place in places], config, rope, dtype, device, width)
+        step.slots = step.slots[:count]
+        yield torch.tensor(places, device=device), count, step
+
+
 def _views(
-    rows: Sequence[Row], windows: set[int], share: int, dtype: torch.dtype, device: torch.device
+    rows: Sequence[Row], windows: set[int], share: int, dtype: torch.dtype, device: torch.device, width: int
 ) -> dict[int, View]:
     """A view of equally long rows for each window; a window that hides nothing from any of them has the whole view."""
     longest = max(row.position + row.count for row in rows)
     narrow = {window for window in windows if 0 < window < longest}
-    views = {window: _view(rows, window, share, dtype, device) for window in narrow}
+    views = {window: _view(rows, window, share, dtype, device, width) for window in narrow}
     if narrow != windows:
-        views.update(dict.fromkeys(windows - narrow, _view(rows, 0, share, dtype, device)))
+        views.update(dict.fromkeys(windows - narrow, _view(rows, 0, share, dtype, device, width)))
     return views
 
 
-def _view(rows: Sequence[Row], window: int, share: int, dtype: torch.dtype, device: torch.device) -> View:
-    """Causal over what is cached and what is new, reading only the blocks that a window touches.
+def _view(rows: Sequence[Row], window: int, share: int, dtype: torch.dtype, device: torch.device, width: int) -> View:
+    """Causal over what is cached and what is new, reading only the blocks that a window touches, or `width` of them.
 
     Heads that share a kv head lie one after the other as queries, hence `share`.
     """
-    begins = [max(0, row.position + 1 - window) // BLOCK if window else 0 for row in rows]
+    begins = [max(0, row.position + 1 - window) // BLOCK if window and not width else 0 for row in rows]
     ends = [(row.position + row.count - 1) // BLOCK + 1 for row in rows]
-    width = max(end - begin for begin, end in zip(begins, ends, strict=True))
+    width = width or max(end - begin for begin, end in zip(begins, ends, strict=True))
     table = [
         row.blocks[begin:end] + [0] * (width - end + begin) for row, begin, end in zip(rows, begins, ends, strict=True)
     ]

@@ -65,7 +65,9 @@ def place_of(model: str, stage: str, layers: str, name: str) -> Place:
     return Place(name or known, path, first, last, config)
 
 
-def load(place: Place, device: str, dtype: str, kv_mib: int, max_rows: int, packed: bool = True) -> Loaded:
+def load(
+    place: Place, device: str, dtype: str, kv_mib: int, max_rows: int, packed: bool = True, deterministic: int = 0
+) -> Loaded:
     """Reads the layers, and only them; `packed` lays their matrices out for this machine's processor.
 
     Raises:
@@ -82,6 +84,7 @@ def load(place: Place, device: str, dtype: str, kv_mib: int, max_rows: int, pack
     try:
         fingerprint = Checkpoint(place.path).fingerprint()
         options: dict[str, Any] = {"dtype": dtype, "device": device, "blocks": blocks, "packed": packed}
+        options["deterministic"] = deterministic
         span = Span.load(place.path, place.first, place.last, **options, progress=_told)
     except (CheckpointError, ValueError) as error:
         raise Refused(str(error)) from None

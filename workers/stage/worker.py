@@ -45,6 +45,9 @@ class Stage(Worker):
         max_rows: sequences in one micro-batch.
         capacity: requests that the leader takes at a time, waiting ones included.
         chunk: tokens of prompts in one micro-batch; next tokens wait for at most about that many.
+        packed: lay matrices out for this machine's processor, which is faster.
+        deterministic: tokens of each call, always, so that a replay gives the same bits whatever runs beside it (0 = as
+            many as there are); the same on all stages. It costs: `ralmq bench engine` prints how much.
         hooks: logits hooks that requests may name: my_pkg:Class or entry points, with commas; the same on all stages.
     """
 
@@ -62,19 +65,23 @@ class Stage(Worker):
         max_rows: int = 64,
         capacity: int = 128,
         chunk: int = CHUNK,
+        packed: bool = True,
+        deterministic: int = 0,
         hooks: str = "",
     ) -> None:
         numbers = {"threads": threads, "kv_mib": kv_mib, "max_rows": max_rows, "capacity": capacity, "chunk": chunk}
         for option, value in numbers.items():
             if value < 1:
                 raise Refused(f"{option}={value} is too small: give at least 1")
+        if deterministic < 0:
+            raise Refused(f"deterministic={deterministic} is too small: give how many tokens a call has, or 0")
         if max_rows > MAX_ROWS:
             raise Refused(f"max_rows={max_rows} is too large: give at most {MAX_ROWS}")
         self.capacity = capacity
         self._hooks = load_hooks(hooks)
         self._place = place_of(model, stage, layers, name)
-        self._threads, self._device, self._dtype = threads, device, dtype
-        self._kv_mib, self._max_rows, self._chunk = kv_mib, max_rows, chunk
+        self._chunk = chunk
+        self._load = partial(load, self._place, device, dtype, kv_mib, max_rows, packed, deterministic)
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (threads,))
         self._waiting = 0  # calls handed to the compute thread and not back yet
         self._pipeline = NO_ID
@@ -91,8 +98,7 @@ class Stage(Worker):
             Refused: the checkpoint is missing, broken or of an unknown family.
         """
         self._loop = asyncio.get_running_loop()
-        call = partial(load, self._place, self._device, self._dtype, self._kv_mib, self._max_rows)
-        self._loaded = await self._loop.run_in_executor(self._compute, call)
+        self._loaded = await self._loop.run_in_executor(self._compute, self._load)
         self._runner = Runner(self._loaded.span, self._place.name, self._loaded.fingerprint, self._hooks)
         self._indexes = Indexes(self._loaded)
 
