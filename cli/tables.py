@@ -27,10 +27,11 @@ def status_tables(status: Mapping[str, Any]) -> list[Table]:
     services = _table("services", "name", "workers", "queued", "finished")
     for name, service in status["services"].items():
         services.add_row(escape(name), *(str(service[key]) for key in ("workers", "queued", "finished")))
-    pipelines = _table("pipelines", "model", "formed", "stages")
+    pipelines = _table("pipelines", "model", "formed", "stages", "bubble")
     for line in status["pipelines"]:
         stages = ", ".join(line["stages"]) or f"missing layers: {line['missing']}"
-        pipelines.add_row(escape(line["model"]), "yes" if line["formed"] else "no", escape(stages))
+        bubbles = ", ".join("-" if share is None else f"{share:.0%}" for share in line.get("bubble", ()))
+        pipelines.add_row(escape(line["model"]), "yes" if line["formed"] else "no", escape(stages), bubbles)
     return [table for table in (workers, services, pipelines) if table.row_count or table is workers]
 
 

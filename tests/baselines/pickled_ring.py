@@ -2,7 +2,7 @@
 
 One sequence a message, pickled tensors over a plain TCP connection, the whole context through all layers for each
 token. Several sequences go round at once (recurrent pipelining), so that both nodes have work. The first node holds
-the embedding, its layers, final norm and head.
+the embedding, final norm and head, and so many layers that both have the same work.
 """
 
 import pickle
@@ -13,7 +13,7 @@ import threading
 from typing import Any
 
 import torch
-from halves import Half
+from gpt2_parts import HEAVY, LIGHT, Part
 from talk import Took, beside, end_with_stdin, free_port, serve
 
 
@@ -37,16 +37,16 @@ class Wire:
 
 
 def second(path: str, port: int) -> None:
-    half = Half(path, 1, ends=False)
+    part = Part(path, LIGHT, LIGHT + HEAVY, embeds=False, ends=False)
     with socket.create_connection(("127.0.0.1", port)) as connection:
         wire = Wire(connection)
         while True:
             sample = wire.inbox.get()
-            wire.send({"sample": sample["sample"], "data": half.forward(sample["data"])})
+            wire.send({"sample": sample["sample"], "data": part.forward(sample["data"])})
 
 
 def first(path: str) -> None:
-    half = Half(path, 0, ends=True)
+    part = Part(path, 0, LIGHT, embeds=True, ends=True)
     port = free_port()
     with socket.create_server(("127.0.0.1", port)) as server, beside([path, str(port)]):
         connection, _ = server.accept()
@@ -57,15 +57,15 @@ def first(path: str) -> None:
             contexts = [list(prompt) for prompt in prompts]
             waiting = len(prompts) * tokens
             for number, context in enumerate(contexts):
-                wire.send({"sample": number, "data": half.forward(torch.tensor(context))})
+                wire.send({"sample": number, "data": part.forward(torch.tensor(context))})
             while waiting:
                 sample = wire.inbox.get()
                 number, waiting = sample["sample"], waiting - 1
                 context = contexts[number]
-                context.append(half.best(sample["data"]))
+                context.append(part.best(sample["data"]))
                 took(number, context[-1])
                 if len(context) < len(prompts[number]) + tokens:
-                    wire.send({"sample": number, "data": half.forward(torch.tensor(context))})
+                    wire.send({"sample": number, "data": part.forward(torch.tensor(context))})
 
         serve(generate)
 

@@ -3,7 +3,8 @@
 As PyTorch's own tutorial of distributed pipeline parallelism has it: each worker holds its layers behind a remote
 reference, the master hands the first one's result on by reference. `whole` sends the whole context for each token;
 with `cache` workers keep keys and values. The master's loop waits for each token; where it is asked for all sequences
-together it starts one call for each of them, and waits for all of these before the next token.
+together it starts one call for each of them, and waits for all of these before the next token. Transport is TCP:
+TensorPipe's shared memory polls without pause, and three processes of that leave nothing of two cores.
 """
 
 import os
@@ -12,31 +13,32 @@ import threading
 from typing import Any
 
 import torch
-from halves import Half
+from gpt2_parts import HEAVY, LIGHT, Part
 from talk import Took, beside, end_with_stdin, free_port, serve
 from torch.distributed import rpc
 
 
-class Part:
+class Remote:
     """One worker's layers. The last one answers with the next token."""
 
     def __init__(self, path: str, place: int) -> None:
         self._last = place == 1
-        self._half = Half(path, place, ends=self._last)
+        cut = (HEAVY, HEAVY + LIGHT) if self._last else (0, HEAVY)
+        self._part = Part(path, *cut, embeds=not self._last, ends=self._last)
         self._lock = threading.Lock()
 
     def forward(self, given: Any, cache: int | None) -> Any:
         x = given.to_here()
         with self._lock:
-            hidden = self._half.forward(x, cache)
-            return self._half.best(hidden) if self._last else hidden
+            hidden = self._part.forward(x, cache)
+            return self._part.best(hidden) if self._last else hidden
 
     def forget(self) -> None:
-        self._half.forget()
+        self._part.forget()
 
 
 def master(path: str, cached: bool) -> None:
-    parts = [rpc.remote(f"worker{place}", Part, args=(path, place)) for place in range(2)]
+    parts = [rpc.remote(f"worker{place}", Remote, args=(path, place)) for place in range(2)]
 
     def step(number: int, ids: list[int]) -> Any:
         key = number if cached else None

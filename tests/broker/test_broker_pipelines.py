@@ -1,5 +1,7 @@
 """Pipelines formed from spans: STEPs, fences, loss, spares, drain."""
 
+from typing import Any
+
 import pytest
 from broker_driver import Broker, Out, codes, only, shown
 from ralmq.schema.frame import RETURN
@@ -277,7 +279,7 @@ def test_status_lists_pipelines_and_what_their_stages_do(broker: Broker) -> None
     pair(broker)
     broker.stage("spare", 2, 4)
     (entry,) = broker.core.status(broker.now)["pipelines"]
-    assert entry == {"model": "m", "formed": True, "stages": ["s0", "s1"], "missing": ""}
+    assert entry == {"model": "m", "formed": True, "stages": ["s0", "s1"], "missing": "", "bubble": [None, None]}
     assert [broker.worker(name)["state"] for name in ("s0", "s1", "spare")] == ["ready", "ready", "spare"]
     broker.ask("client", "lm:m", "a")
     broker.say("s1", Bye())
@@ -293,3 +295,22 @@ def test_a_leader_that_survives_its_pipeline_has_all_its_credit_again(broker: Br
     assert broker.worker("s0")["in_flight"] == 0
     assert broker.say("s0", Error("cancelled"), "a") == []
     assert broker.worker("s0")["in_flight"] == 0 and broker.count("fenced") == 1
+
+
+@pytest.mark.parametrize(
+    ("work", "computed", "bubbles"),
+    [
+        (10.0, (8.0, 2.5), [0.2, 0.75]),
+        (4, (5.0, "much"), [0.0, 1.0]),
+        (0, (1, 1), [None, None]),
+        (True, (-1, 1e300), [1.0, 1.0]),
+    ],
+)
+def test_bubbles_are_the_time_that_a_stage_stood_idle(broker: Broker, work: Any, computed: Any, bubbles: Any) -> None:
+    """As a share of that in which the leader had work; a gauge may be anything."""
+    broker.stage("s0", 0, 2)
+    broker.stage("s1", 2, 4)
+    assert broker.core.status(broker.now)["pipelines"][0]["bubble"] == [None, None]
+    broker.say("s0", Beat(1, 0, (), {"work_s": work, "compute_s": computed[0]}))
+    broker.say("s1", Beat(1, 0, (), {"compute_s": computed[1]}))
+    assert broker.core.status(broker.now)["pipelines"][0]["bubble"] == bubbles

@@ -1,4 +1,4 @@
-"""GPT-2 cut in two by slicing what from_pretrained gives, on transformers' own layers. Knows no message."""
+"""Some layers of GPT-2, sliced from what from_pretrained gives, on transformers' own code. Knows no message."""
 
 from typing import Any
 
@@ -6,24 +6,26 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel
 
+# GPT-2 124M has 12 layers, and a head of the bytes of 5.5 layers: 9 of them weigh as much as the rest.
+HEAVY, LIGHT = 9, 3
 
-class Half:
-    """Layers `place` of 2; the first has the embedding, and either may be asked for final norm and head."""
 
-    def __init__(self, path: str, place: int, *, ends: bool) -> None:
+class Part:
+    """Layers `first` to `last` - 1; with the embedding, and with final norm and head, where it is told so."""
+
+    def __init__(self, path: str, first: int, last: int, *, embeds: bool, ends: bool) -> None:
         torch.set_num_threads(1)
         model = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32).eval()
-        middle = model.config.n_layer // 2
-        self._layers = model.transformer.h[middle * place : middle * (place + 1) or None]
+        self._layers = model.transformer.h[first:last]
         for number, layer in enumerate(self._layers):
             layer.attn.layer_idx = number
-        self._embedding = (model.transformer.wte, model.transformer.wpe) if place == 0 else None
+        self._embedding = (model.transformer.wte, model.transformer.wpe) if embeds else None
         self._ends = (model.transformer.ln_f, model.lm_head) if ends else None
         self._caches: dict[int, Any] = {}
 
     @torch.inference_mode()
     def forward(self, x: Tensor, cache: int | None = None) -> Tensor:
-        """Ids [n] (first half) or hidden states [1, n, d] -> [1, n, d]; with the KV cache of that number, or without."""
+        """Ids [n] (with the embedding) or hidden [1, n, d] -> [1, n, d]; with the KV cache of that number, or none."""
         past = None if cache is None else self._caches.setdefault(cache, DynamicCache())
         if self._embedding is not None:
             words, places = self._embedding
