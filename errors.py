@@ -6,6 +6,7 @@ from .schema.errors import DeadlineExceeded as DeadlineExceeded
 from .schema.errors import Malformed as Malformed
 from .schema.errors import NoBroker as NoBroker
 from .schema.errors import NoService as NoService
+from .schema.errors import Poisoned as Poisoned
 from .schema.errors import RalmqError as RalmqError
 from .schema.errors import Refused as Refused
 from .schema.errors import RequestCancelled as RequestCancelled

@@ -1,10 +1,11 @@
 """What generates on one CPU thread, behind one call: our span, transformers, CTranslate2. Measures nothing."""
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -17,8 +18,8 @@ LAYERS, HIDDEN, VOCAB, CONTEXT = 12, 768, 50257, 1024
 MOST = 16  # sequences at a time
 TABLE = 8  # KV blocks of one sequence
 
-Generate = Callable[[torch.Tensor, int], object]
-"""Prompts [batch, n] and a number of new tokens: generates so many of each sequence, greedily."""
+Generate = Callable[[torch.Tensor, int], list[list[int]]]
+"""Prompts [batch, n] and a number of new tokens -> so many ids of each sequence, chosen greedily."""
 
 
 def write_model(path: Path) -> None:
@@ -51,15 +52,18 @@ def ours(span: Span) -> Generate:
     """All layers in one span, each sequence with its own KV blocks."""
 
     @torch.inference_mode()
-    def generate(prompts: torch.Tensor, tokens: int) -> None:
+    def generate(prompts: torch.Tensor, tokens: int) -> list[list[int]]:
         batch, length = prompts.shape
         tables = [list(range(i * TABLE, i * TABLE + TABLE)) for i in range(batch)]
         rows = [Row(0, length, table) for table in tables]
         hidden = span.forward(rows, prompts.flatten())
         ids = span.head(hidden, range(length - 1, batch * length, length)).argmax(-1)
+        made = [ids]
         for position in range(length, length + tokens - 1):
             rows = [Row(position, 1, table) for table in tables]
             ids = span.head(span.forward(rows, ids)).argmax(-1)
+            made.append(ids)
+        return torch.stack(made, 1).tolist()
 
     return generate
 
@@ -84,10 +88,11 @@ def transformers(path: Path) -> Generate | None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
     @torch.inference_mode()
-    def generate(prompts: torch.Tensor, tokens: int) -> None:
+    def generate(prompts: torch.Tensor, tokens: int) -> list[list[int]]:
         mask = torch.ones_like(prompts)
         fixed = {"max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0}
-        model.generate(prompts, attention_mask=mask, do_sample=False, **fixed)
+        made = model.generate(prompts, attention_mask=mask, do_sample=False, **fixed)
+        return cast("list[list[int]]", made[:, prompts.shape[1] :].tolist())
 
     return generate
 
@@ -98,23 +103,23 @@ def ctranslate2(path: Path, work: Path, quantization: str | None) -> Generate | 
         return "CTranslate2 is not installed"
     if importlib.util.find_spec("transformers") is None:
         return "CTranslate2's converter needs transformers, which is not installed"
-    import ctranslate2 as library
-    from ctranslate2.converters import TransformersConverter
-
+    library: Any = importlib.import_module("ctranslate2")
+    converters: Any = importlib.import_module("ctranslate2.converters")
     _write_tokenizer(path)
     folder = work / (quantization or "float32")
     try:
-        TransformersConverter(str(path)).convert(str(folder), quantization=quantization, force=True)
+        converters.TransformersConverter(str(path)).convert(str(folder), quantization=quantization, force=True)
         compute = "float32" if quantization is None else "int8"
         generator = library.Generator(str(folder), compute_type=compute, inter_threads=1, intra_threads=1)
     except Exception as error:
         # It follows transformers' releases at a distance, and says so in many ways.
         return f"CTranslate2 did not take the model ({str(error).splitlines()[0][:80]})"
 
-    def generate(prompts: torch.Tensor, tokens: int) -> None:
+    def generate(prompts: torch.Tensor, tokens: int) -> list[list[int]]:
         start = [[f"t{number}" for number in row] for row in prompts.tolist()]
         length = {"max_length": tokens, "min_length": tokens}
-        generator.generate_batch(start, beam_size=1, sampling_topk=1, include_prompt_in_result=False, **length)
+        how = {"beam_size": 1, "sampling_topk": 1, "include_prompt_in_result": False, **length}
+        return [result.sequences_ids[0] for result in generator.generate_batch(start, **how)]
 
     return generate
 

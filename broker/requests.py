@@ -86,6 +86,8 @@ class Requests:
             service = self.service(route.service)
         record = Record(prefix.id, asker, service, prefix.attempt, deadline, route.priority, frames, now)
         record.leg = leg
+        if route.wait_ms:
+            record.wait = now + route.wait_ms / 1000
         worker = service.choose() if not service.queue.count else None
         if worker is None and (refusal := self._queue(now, record, route.wait_ms)) is not None:
             self._forget(now, service)

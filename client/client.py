@@ -21,6 +21,7 @@ from .stream import Stream, pause
 
 REQUEST_DEADLINE = 30.0  # seconds
 GENERATION_DEADLINE = 600.0
+AGAIN = 8  # resends after Busy of a generation that is under way
 
 
 def connect(
@@ -177,16 +178,22 @@ class Client:
             TypeError: an option that does not exist.
         """
         body, tensors = generation_request(prompt, options)
-        stream = self.stream(
-            f"generate:{model}",
-            body,
-            tensors=tensors,
-            deadline=deadline,
-            wait_service=wait_service,
-            retries=retries,
-            priority=priority,
-        )
-        return Generation(stream)
+        loop = asyncio.get_running_loop()
+        end = _end(deadline)
+
+        def ask(more: dict[str, Any]) -> Stream:
+            left = max(0.001, end - loop.time())
+            return self.stream(
+                f"generate:{model}",
+                {**body, **more},
+                tensors=tensors,
+                deadline=left,
+                wait_service=left if more else wait_service,  # a generator that was there may be back soon
+                retries=max(retries, AGAIN) if more else retries,
+                priority=priority,
+            )
+
+        return Generation(ask, body.get("n", 1))
 
     async def search(
         self,

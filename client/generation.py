@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
 import numpy as np
 
+from ..schema.errors import Poisoned, WorkerLost
 from .results import Alternative, Token
 from .stream import Stream
+
+LOSSES = 3  # of its generator, without a new token between them
 
 # The options of a generation and what they are where not given; the generator checks their values.
 DEFAULTS: Final[dict[str, Any]] = {
@@ -22,7 +26,7 @@ DEFAULTS: Final[dict[str, Any]] = {
     "presence_penalty": 0.0,  # of tokens of the output
     "frequency_penalty": 0.0,  # the same, for each time that they occur
     "logit_bias": {},  # what is added to the logit of a token id
-    "seed": None,  # None: drawn by the generator, and told in the usage
+    "seed": None,  # None: drawn here, and told in the usage
     "n": 1,  # so many texts; tokens say which by their index
     "stop": (),  # strings that end the text; they are not part of it
     "stop_ids": (),  # token ids that end the text
@@ -53,6 +57,7 @@ def generation_request(prompt: str | Sequence[int], options: dict[str, Any]) -> 
         if name not in DEFAULTS:
             raise TypeError(f"generate() has no option {name!r}: there are {', '.join(DEFAULTS)}")
     body = {name: value for name, value in options.items() if value is not None}
+    body.setdefault("seed", random.getrandbits(63))  # the same for whoever goes on with it
     if isinstance(bias := body.get("logit_bias"), Mapping):
         body["logit_bias"] = [[int(token), float(value)] for token, value in bias.items()]  # maps have text keys
     if isinstance(prompt, str):
@@ -63,14 +68,25 @@ def generation_request(prompt: str | Sequence[int], options: dict[str, Any]) -> 
 class Generation:
     """Tokens as they are generated. Leaving the loop early cancels the generation on every worker.
 
+    Where the generator is lost, another one goes on from the tokens that are here: the reader sees a pause.
+
+    Args:
+        ask: sends the request with these fields added to its body.
+        n: texts that are asked for.
+
     Attributes (after the end):
         finish_reason: "stop" (end of text, or a stop string) or "length".
         finish_reasons: the same of each of the n texts.
         usage: prompt_tokens, completion_tokens, and the seed that was used; with n > 1 the seeds of each text.
     """
 
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
+    def __init__(self, ask: Callable[[dict[str, Any]], Stream], n: int = 1) -> None:
+        self._ask = ask
+        self._stream = ask({})
+        self._made: list[list[int]] = [[] for _ in range(n)]
+        self._ended = [""] * n
+        self._seen = [-1] * n  # highest position of each text, those of an echoed prompt included
+        self._losses = 0
         self._tail = False
         self.finish_reason = ""
         self.finish_reasons: dict[int, str] = {}
@@ -87,23 +103,46 @@ class Generation:
                 body = (await self._stream.__anext__()).body
             except StopAsyncIteration:
                 return self._end()
-            index = body.get("index", 0)
-            if "finish_reason" in body:  # the end of one of several
-                self.finish_reasons[index] = body["finish_reason"]
-            if body["token"] >= 0 or body["text"]:
-                return Token(
-                    body["text"],
-                    body["token"],
-                    body["position"],
-                    body.get("logprob"),
-                    tuple(body.get("passages", ())),
-                    tuple(Alternative(*entry) for entry in body.get("top_logprobs", ())),
-                    index,
-                )
+            except WorkerLost as lost:
+                self._again(lost)
+            else:
+                if self._new(body):
+                    return _token(body)
 
     async def aclose(self) -> None:
         """Gives the generation up where it has not ended."""
         await self._stream.aclose()
+
+    def _new(self, body: dict[str, Any]) -> bool:
+        """Takes note of a part; False for what the reader has, or need not see."""
+        index, token = body.get("index", 0), body["token"]
+        if "finish_reason" in body:  # the end of one of several
+            known = index in self.finish_reasons
+            self.finish_reasons[index] = self._ended[index] = body["finish_reason"]
+            return bool(body["text"]) and not known
+        if body["position"] <= self._seen[index]:
+            return False
+        self._seen[index] = body["position"]
+        if not body.get("echo"):
+            self._losses = 0
+            self._made[index].append(token)
+            self._ended[index] = body.get("ended", "")
+        return True
+
+    def _again(self, lost: WorkerLost) -> None:
+        """Asks another generator to go on.
+
+        Raises:
+            Poisoned: it was lost each time before a token came.
+        """
+        self._losses += 1
+        if self._losses >= LOSSES:
+            raise Poisoned(
+                f"its generator was lost {self._losses} times in a row before a token came ({lost.message}): "
+                "see its log, and change the request before it is asked again",
+                request_id=lost.request_id,
+            ) from lost
+        self._stream = self._ask({"made": self._made, "ended": self._ended})
 
     def _end(self) -> Token:
         """Text held back until the end comes as one last token of id -1."""
@@ -115,3 +154,15 @@ class Generation:
         if body.get("text"):
             return Token(body["text"], -1, body.get("position", -1))
         raise StopAsyncIteration
+
+
+def _token(body: dict[str, Any]) -> Token:
+    return Token(
+        body["text"],
+        body["token"],
+        body["position"],
+        body.get("logprob"),
+        tuple(body.get("passages", ())),
+        tuple(Alternative(*entry) for entry in body.get("top_logprobs", ())),
+        body.get("index", 0),
+    )

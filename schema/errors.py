@@ -86,6 +86,13 @@ class WorkerLost(RalmqError):
     retryable = True
 
 
+class Poisoned(RalmqError):
+    """The request's worker died each time that it was served: it is given to no other, see `ralmq quarantine list`."""
+
+    code = "poisoned"
+    fault = "caller"
+
+
 class NoBroker(RalmqError):
     """No broker answered at the address within the time given."""
 
@@ -113,6 +120,7 @@ CLASSES: Final[dict[str, type[RalmqError]]] = {
         RequestCancelled,
         WorkerFailed,
         WorkerLost,
+        Poisoned,
         NoBroker,
         ConnectionClosed,
     )

@@ -8,13 +8,25 @@ Check = Callable[[Path], AsyncIterator["Line"]]
 
 
 @dataclass(frozen=True, slots=True)
+class Point:
+    """One bar of a plot of docs/performance.md: which plot, where in it, of which colour, how high."""
+
+    plot: str
+    at: str
+    series: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
 class Line:
-    """One measurement beside its bound, as shown."""
+    """One measurement beside its bound, as shown; `required` is False for a target that decides nothing."""
 
     what: str
     bound: str
     measured: str
     ok: bool
+    points: tuple[Point, ...] = ()
+    required: bool = True
 
 
 CHECKS: dict[str, Check] = {}

@@ -1,4 +1,4 @@
-"""A pipeline of two torch.distributed.rpc workers and a master: `python rpc_pipeline.py MODEL whole|cache`, see talk.py.
+"""Two torch.distributed.rpc workers and a master: `python rpc_pipeline.py MODEL whole|cache`, then see talk.py.
 
 As PyTorch's own tutorial of distributed pipeline parallelism has it: each worker holds its layers behind a remote
 reference, the master hands the first one's result on by reference. `whole` sends the whole context for each token;
@@ -47,7 +47,7 @@ def master(path: str, cached: bool) -> None:
 
     def loop(prompts: list[list[int]], numbers: list[int], tokens: int, took: Took) -> None:
         contexts = {number: list(prompts[number]) for number in numbers}
-        fed = {number: 0 for number in numbers}
+        fed = dict.fromkeys(numbers, 0)
         for _ in range(tokens):
             calls = {}
             for number, context in contexts.items():

@@ -137,9 +137,9 @@ def lm(client: Client, prompt: Sequence[int], deadline: float = 120.0, window: i
     return client.stream(f"lm:{MODEL}", task, tensors=[ids], deadline=deadline, window=window)
 
 
-async def generated(client: Client, prompt: Sequence[int], **task: Any) -> Answered:
+async def generated(client: Client, prompt: Sequence[int], deadline: float = 120.0, **task: Any) -> Answered:
     """All of one generation, past any end of text."""
-    stream = lm(client, prompt, **{"ignore_eos": True, **task})
+    stream = lm(client, prompt, deadline, **{"ignore_eos": True, **task})
     bodies = [part.body async for part in stream]
     assert stream.final is not None
     tokens = [body["token"] for body in bodies]

@@ -244,7 +244,7 @@ def parts_of(inputs: int) -> int | None:
 
 def _quantized_product(x: Tensor, weight: Any, scale: Tensor, zeros: Tensor) -> Tensor:
     """(x - 128) @ weight.t() * scale, x being uint8 and weight int8, summed in int32."""
-    arguments = (x, 1.0, 128, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    arguments: Any = (x, 1.0, 128, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
     out: Tensor = torch.ops.onednn.qlinear_pointwise(*arguments)
     return out
 

@@ -1,6 +1,6 @@
 """Some consecutive layers of one model with their KV cache: what a pipeline stage computes. Knows no other span."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -98,8 +98,7 @@ class Span:
         if config.family == ADAPTER:
             return cls._adapted(Path(path), config, first, last, kind, place, blocks, progress)
         loader = Loader(Checkpoint(path), config, kind, place, int8=dtype == "int8", packed=packed)
-        is_first, is_last = first == 0, last == config.layers
-        total = last - first + is_first + is_last
+        total = last - first + (first == 0) + (last == config.layers)
         tell = progress or (lambda done, total: None)
         tell(0, total)
         layers = []
@@ -110,20 +109,24 @@ class Span:
         longest = min(config.context, blocks * BLOCK)
         rope = rope_table(config, longest, kind, place) if loader.names.positions is None else None
         span = cls(config, first, layers, cache, rope, dtype=kind, device=place)
-        if is_first and is_last and config.tied:
-            span.embedding, span.output = loader.tied_ends()
-        elif is_first:
-            span.embedding = loader.embedding()
-        if is_first:
-            span.positions = loader.positions()
-            tell(len(layers) + 1, total)
-        if is_last:
-            span.final_norm = loader.final_norm()
-            span.output = span.output or loader.head()
-            tell(total, total)
+        for done, _ in enumerate(span._read_ends(loader), len(layers) + 1):
+            tell(done, total)
         span.bytes = loader.bytes
         span._fix(deterministic)
         return span
+
+    def _read_ends(self, loader: Loader) -> Iterator[None]:
+        """Embedding and head, where they are of this span; one turn for each."""
+        if self.is_first and self.is_last and self.config.tied:
+            self.embedding, self.output = loader.tied_ends()
+        if self.is_first:
+            self.embedding = self.embedding or loader.embedding()
+            self.positions = loader.positions()
+            yield
+        if self.is_last:
+            self.final_norm = loader.final_norm()
+            self.output = self.output or loader.head()
+            yield
 
     def _fix(self, tokens: int) -> None:
         self._call = tokens

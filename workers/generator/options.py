@@ -10,13 +10,20 @@ from ..params import MAX_TOKENS, Neighbours, Retrieval, Sampling, Task
 
 
 class Options(Neighbours, Sampling):
-    """What a client may ask for; see docs/sampling.md for the meaning of each."""
+    """What a client may ask for; see docs/sampling.md for the meaning of each.
+
+    Attributes:
+        made: ids that the asker has of each of the n texts, where an earlier generator was lost.
+        ended: why each of them ended, as far as they did.
+    """
 
     max_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)
     prompt: str | None = None
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     n: int = Field(default=1, ge=1, le=64)
     echo: bool = False
+    made: tuple[tuple[int, ...], ...] = Field(default=(), max_length=64)
+    ended: tuple[Literal["", "stop", "length"], ...] = Field(default=(), max_length=64)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), max_length=16)
     retrieve: str | None = None
     policy: Literal["knn"] = "knn"
@@ -34,6 +41,8 @@ class Options(Neighbours, Sampling):
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: lower it")
         if self.n > 1 and self.temperature == 0.0:
             raise ValueError(f"n={self.n} with temperature 0 gives the same text each time: give a temperature")
+        if len(self.made) not in (0, self.n) or len(self.ended) != len(self.made):
+            raise ValueError(f"made, ended: give one of each for each of the n={self.n} texts, or none")
         return self
 
     def tasks(self) -> list[Task]:

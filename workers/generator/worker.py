@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..models import resolve
 from ..params import Task
 from .merge import merged
 from .options import Options, wire
+from .replay import Replay
 from .text import Text
 
 RETRIES = 8  # resends to a pipeline whose queue is full
@@ -36,6 +38,7 @@ class Generator(Worker):
         self._model = name or known
         self._path = path / "tokenizer.json"
         self._tokenizer: Tokenizer | None = None
+        self._suspects = asyncio.Lock()
 
     @property
     def services(self) -> tuple[str, ...]:
@@ -68,7 +71,8 @@ class Generator(Worker):
         ids = self._prompt(options, request)
         tasks = options.tasks()
         seeds = [task.seed for task in tasks]
-        usage: dict[str, Any] = {"prompt_tokens": len(ids), "completion_tokens": 0, "seed": seeds[0]}
+        made = options.made or ((),) * len(tasks)
+        usage: dict[str, Any] = {"prompt_tokens": len(ids), "completion_tokens": sum(map(len, made)), "seed": seeds[0]}
         if len(tasks) > 1:
             usage["seeds"] = seeds
         if options.echo:
@@ -79,7 +83,10 @@ class Generator(Worker):
                     yield {**part, "index": index} if len(tasks) > 1 else part
         ends: list[dict[str, Any]] = [{"finish_reason": "length", "text": "", "position": len(ids)} for _ in tasks]
         if options.max_tokens:
-            choices = [self._choice(options, ids, *pair, request) for pair in zip(tasks, ends, strict=True)]
+            choices = [
+                self._choice(options, ids, place, *pair, request)
+                for place, pair in enumerate(zip(tasks, ends, strict=True))
+            ]
             async with aclosing(merged(choices) if len(tasks) > 1 else _alone(choices[0])) as parts_of_all:
                 async for index, part in parts_of_all:
                     usage["completion_tokens"] += part["token"] >= 0
@@ -89,21 +96,29 @@ class Generator(Worker):
             request.ending["text"] = ""  # it came with its part
 
     async def _choice(
-        self, options: Options, ids: list[int], task: Task, end: dict[str, Any], request: Request
+        self, options: Options, ids: list[int], place: int, task: Task, end: dict[str, Any], request: Request
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """The parts of one text; `end` then holds its finish_reason, the text that was held back, and its position."""
+        """The parts of one text; `end` then holds its finish_reason, the text that was held back, and its position.
+
+        What an earlier generator made of it goes through `text` alone: the asker has it.
+        """
         text = Text(self._tokenizer, ids, options.stop, options.min_tokens)
-        stream = self._lm(wire(task), ids, request)
-        async with stream:
-            async for part in stream:
-                body = part.body
-                end["position"] = body["position"]
-                yield {**self._named(body), "text": text.push(body["token"])}
-                if text.stopped:
-                    break
+        made = list(options.made[place]) if options.made else []
+        for token in made:
+            text.push(token)
+        end["position"] = len(ids) + len(made) - 1 if made else len(ids)
+        reason: str = options.ended[place] if options.ended else ""
+        if not reason and not text.stopped:
+            replay = Replay(partial(self._lm, request=request), task, ids, made, self._suspects)
+            async with aclosing(replay.parts()) as bodies:
+                async for body in bodies:
+                    end["position"] = body["position"]
+                    yield {**self._named(body), "text": text.push(body["token"])}
+                    if text.stopped:
+                        break
+            reason = replay.ended
         end["text"] = text.flush()
-        final = stream.final.body if stream.final else {}
-        end["finish_reason"] = "stop" if text.stopped else final.get("finish_reason", "length")
+        end["finish_reason"] = "stop" if text.stopped else reason or "length"
         if options.n > 1:
             yield {"token": -1, **end}
 
@@ -123,7 +138,7 @@ class Generator(Worker):
         for position, token in enumerate(ids):
             known = scored[position] if position < len(scored) else {}
             shown = text.push(token) + (text.flush() if position == len(ids) - 1 else "")
-            yield {"token": token, "position": position, "text": shown, **self._named(known)}
+            yield {"token": token, "position": position, "text": shown, "echo": True, **self._named(known)}
 
     def _named(self, body: dict[str, Any]) -> dict[str, Any]:
         """A part whose alternatives have their text."""
@@ -136,15 +151,19 @@ class Generator(Worker):
         ]
         return {**body, "top_logprobs": top}
 
-    def _lm(self, body: dict[str, Any], ids: Sequence[int], request: Request) -> Stream:
-        """A request to the pipeline on behalf of one that came here."""
+    def _lm(self, body: dict[str, Any], ids: Sequence[int], request: Request, again: bool = False) -> Stream:
+        """A request to the pipeline on behalf of one that came here; `again` where its stages were lost, and may be
+        away for a while."""
+        left = self._left(request)
         return self.host.client.stream(
             f"lm:{self._model}",
             body,
             tensors=[np.asarray(ids, np.int32)],
-            deadline=self._left(request),
+            deadline=left,
             parent=request.id,
+            priority=request.priority,
             retries=RETRIES,
+            wait_service=left if again else 0.0,
         )
 
     async def _embed(self, request: Request) -> Answer:

@@ -247,14 +247,17 @@ class Last:
             self._took(sequence, body, outcome)
 
     def _took(self, sequence: Sequence, body: dict[str, Any], outcome: Outcome) -> None:
+        """One PARTIAL; that of the last token says so, since the FINAL behind it may be lost with its worker."""
         token = body["token"]
+        stopped = token in sequence.task.stop_ids or (token in self._eos and not sequence.task.ignore_eos)
+        done = stopped or sequence.made + 1 >= sequence.limit
+        if done:
+            body["ended"] = "stop" if stopped else "length"
         outcome.sent.append((Partial(body), sequence.key, sequence.made))
         sequence.made += 1
         sequence.history.add(token)
-        stopped = token in sequence.task.stop_ids or (token in self._eos and not sequence.task.ignore_eos)
-        done = stopped or sequence.made >= sequence.limit
         if done:
-            ending = {"finish_reason": "stop" if stopped else "length", "completion_tokens": sequence.made}
+            ending = {"finish_reason": body["ended"], "completion_tokens": sequence.made}
             outcome.sent.append((Final(ending), sequence.key, 0))
             del self._sequences[sequence.key]
         outcome.returns.append(Return(*sequence.key, token, done))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...client.results import Reply
 from ...schema.errors import Malformed, RalmqError, Refused, WorkerFailed, WorkerLost
 from ...schema.frame import RETURN, Prefix
 from ...schema.limits import MAX_ROWS, NO_ID
@@ -271,19 +272,28 @@ class Stage(Worker):
             self._leader.returned(number, returns)
             self._drive()
 
+    async def _found(self, query: Query) -> Reply:
+        """The index's answer. It was there when the sequences began: where it is lost, its return is waited for."""
+        while True:
+            try:
+                return await self.host.client.request(
+                    f"search:{query.index}",
+                    query.body,
+                    tensors=[query.vectors],
+                    deadline=query.seconds(),
+                    wait_service=query.seconds(),
+                    retries=3,
+                    priority=6,
+                )
+            except WorkerLost:
+                log.warning("search:%s lost its server: it is asked again", query.index)
+
     async def _search(self, query: Query) -> None:
         """Asks an index for parked rows; the answer re-enters by the compute thread's queue."""
         last = self._runner.last
         assert last is not None
         try:
-            reply = await self.host.client.request(
-                f"search:{query.index}",
-                query.body,
-                tensors=[query.vectors],
-                deadline=query.seconds(),
-                retries=3,
-                priority=6,
-            )
+            reply = await self._found(query)
             work = partial(last.answered, query, neighbours_of(query, reply.body, reply.tensors))
         except RalmqError as error:
             work = partial(last.fail, query.keys, error)
