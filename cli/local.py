@@ -119,6 +119,7 @@ def _new_lines(places: dict[Path, int]) -> Iterator[str]:
 async def _up(settings: Settings) -> None:
     from ..cluster.local import local_cluster
     from ..cluster.record import holding, state_directory, write
+    from ..cluster.supervise import supervise
 
     directory = state_directory()
     with holding(directory):
@@ -128,13 +129,14 @@ async def _up(settings: Settings) -> None:
         async with local_cluster(**settings, directory=directory) as cluster:
             status = await cluster.ready()
             _show(cluster, status)
-            processes = [
-                {"name": child.name, "pid": child.pid, "log": str(child.log)} for child in cluster.children.values()
-            ]
-            write(directory, {"pid": os.getpid(), "url": cluster.url, "ready": True, "processes": processes})
-            while (child := await cluster.ended()).name != "broker":
-                typer.echo(f"{PREFIX}{child.failure()}", err=True)
-            raise child.failure()
+
+            def record() -> None:
+                children = cluster.children.values()
+                processes = [{"name": child.name, "pid": child.pid, "log": str(child.log)} for child in children]
+                write(directory, {"pid": os.getpid(), "url": cluster.url, "ready": True, "processes": processes})
+
+            record()
+            await supervise(cluster, lambda line: typer.echo(f"{PREFIX}{line}", err=True), record)
 
 
 def _show(cluster: "Cluster", status: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -32,18 +32,21 @@ class Child:
     Attributes:
         name: within its cluster.
         log: file that takes what it writes to stdout and stderr.
+        threads: its OMP_NUM_THREADS.
         asked: whether it was asked to end.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
+    def __init__(self, name: str, arguments: Sequence[str], log: Path, threads: int = 1) -> None:
         self.name = name
         self.arguments = tuple(arguments)
         self.log = log
+        self.threads = threads
         self.asked = False
         self._process: asyncio.subprocess.Process | None = None
 
-    async def start(self, lifeline: Lifeline, environment: Mapping[str, str]) -> None:
-        with self.log.open("wb") as log:
+    async def start(self, lifeline: Lifeline, again: bool = False) -> None:
+        """Starts it; `again` writes on behind what an earlier one wrote to its log."""
+        with self.log.open("ab" if again else "wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -52,7 +55,7 @@ class Child:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**environment, PARENT_PIPE: str(lifeline.reading)},
+                env={**os.environ, "OMP_NUM_THREADS": str(self.threads), PARENT_PIPE: str(lifeline.reading)},
                 pass_fds=(lifeline.reading,),
                 start_new_session=True,
             )

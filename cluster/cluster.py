@@ -5,7 +5,6 @@ Knows processes and `ralmq.status`; not what a worker does.
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -75,6 +74,12 @@ class Cluster:
         line = ["worker", worker, "--broker", self.url, *arguments]
         return await self._start(name, line, threads or self._threads)
 
+    async def restart(self, name: str) -> Child:
+        """Starts a process that has ended with the same command again; a broker takes the address that it had."""
+        old = self.children[name]
+        arguments = [self.url if argument == self._bind else argument for argument in old.arguments]
+        return await self._start(name, arguments, old.threads)
+
     async def ready(self, within: float = READY_WITHIN) -> dict[str, Any]:
         """Waits until every worker is known to the broker and every model has its pipeline. Returns the status.
 
@@ -121,9 +126,9 @@ class Cluster:
     async def _start(self, name: str, arguments: list[str], threads: int) -> Child:
         if name in self.children and self.children[name].code is None:
             raise Refused(f"a process called {name} runs in this cluster: give another name")
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        child = self.children[name] = Child(name, arguments, self.directory / f"{name}.log")
-        await child.start(self._lifeline, environment)
+        child = Child(name, arguments, self.directory / f"{name}.log", threads)
+        await child.start(self._lifeline, again=name in self.children)
+        self.children[name] = child
         watcher = asyncio.create_task(self._watch(child))
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)

@@ -12,6 +12,7 @@ import ralmq
 from commands import env_of, eventually, runs
 from ralmq.cluster.cluster import Cluster
 from ralmq.cluster.local import local_cluster
+from ralmq.cluster.supervise import supervise
 from ralmq.errors import DeadlineExceeded, Refused, WorkerFailed
 
 ECHO = ["echo"]
@@ -107,6 +108,7 @@ def test_a_name_is_taken_while_its_process_runs(tmp_path: Path) -> None:
 PARENT = """
 import asyncio
 from ralmq.cluster.local import local_cluster
+from ralmq.cluster.supervise import supervise
 
 async def main():
     async with local_cluster(stages=0, generator=False, extra=[["echo"], ["echo", "-o", "name=two"]]) as cluster:
@@ -135,3 +137,30 @@ def test_nothing_outlives_its_parent(number: signal.Signals, tmp_path: Path) -> 
     eventually(lambda: not any(map(runs, children)))
     if number == signal.SIGINT:
         assert list(tmp_path.glob("ralmq-*")) == []
+
+
+def test_what_ends_is_started_again_with_growing_pauses(tmp_path: Path) -> None:
+    """Each time on the same command; the log goes on; what its own input ends is left alone."""
+    lines: list[str] = []
+
+    async def go() -> None:
+        async with Cluster(tmp_path) as cluster:
+            changes: list[int] = []
+            supervisor = asyncio.create_task(supervise(cluster, lines.append, lambda: changes.append(1), first=0.01))
+            await cluster.spawn("echo", "-o", "name=e")
+            await cluster.spawn("echo", "-o", "speed=1", name="wrong")
+            async with ralmq.connect(cluster.url) as client:
+                for count in range(3):
+                    assert (await client.request("e", {"n": count}, wait_service=30)).body == {"n": count}
+                    old = cluster.children["echo"]
+                    os.kill(old.pid, signal.SIGKILL)
+                    while cluster.children["echo"] is old:
+                        await asyncio.sleep(0.01)
+                assert (await client.request("e", {"n": 9}, wait_service=30)).body == {"n": 9}
+            assert len(changes) == 3
+            supervisor.cancel()
+
+    asyncio.run(go())
+    assert sum("echo was killed by signal 9" in line for line in lines) == 3
+    assert lines.count("echo was started again") == 3
+    assert sum("Echo has no option speed" in line for line in lines) == 1 and "wrong was started again" not in lines

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 from pathlib import Path
@@ -108,6 +107,11 @@ def see_neighbours(home: Path, url: dict[str, str]) -> None:
     assert odd.returncode == 2 and "256" in odd.stderr and odd.stderr.count("\n") == 1
 
 
+def said(home: Path) -> str:
+    """What a command in the background has written so far."""
+    return (home / "out").read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_cluster_in_the_foreground_ends_with_its_supervisor(number: signal.Signals, tmp_path: Path) -> None:
     options = ("--bind", "tcp://127.0.0.1:*", "--stages", "1")
@@ -122,18 +126,26 @@ def test_a_cluster_in_the_foreground_ends_with_its_supervisor(number: signal.Sig
     assert ralmq("down", home=tmp_path).stdout == "no cluster is up\n"
 
 
-def test_a_lost_process_is_told_and_a_lost_broker_ends_it(tmp_path: Path) -> None:
+def test_lost_processes_are_started_again_the_broker_too(tmp_path: Path) -> None:
     with started("up", "--bind", "tcp://127.0.0.1:*", "--stages", "1", home=tmp_path) as supervisor:
-        eventually(lambda: "ready at" in (tmp_path / "out").read_text() or supervisor.poll() is not None)
-        record = json.loads((tmp_path / "state" / "ralmq" / "local" / "cluster.json").read_text())
-        pids = {process["name"]: process["pid"] for process in record["processes"]}
-        os.kill(pids["generator"], signal.SIGKILL)
-        eventually(lambda: "generator was killed by signal 9" in (tmp_path / "out").read_text())
+        eventually(lambda: "ready at" in said(tmp_path) or supervisor.poll() is not None)
+        state = tmp_path / "state" / "ralmq" / "local" / "cluster.json"
+        first = json.loads(state.read_text())
+        pids = {process["name"]: process["pid"] for process in first["processes"]}
+        for name in ("generator", "broker", "stage-0"):
+            os.kill(pids[name], signal.SIGKILL)
+            eventually(lambda name=name: f"{name} was killed by signal 9" in said(tmp_path))
+            eventually(lambda name=name: f"{name} was started again" in said(tmp_path))
         assert supervisor.poll() is None
-        os.kill(pids["broker"], signal.SIGKILL)
-        assert supervisor.wait(60) == 1
-    assert re.search("^ralmq: broker was killed by signal 9", (tmp_path / "out").read_text(), re.MULTILINE)
-    assert not any(map(runs, pids.values()))
+        record = json.loads(state.read_text())
+        assert record["url"] == first["url"]
+        assert {p["name"] for p in record["processes"]} == set(pids)
+        assert all(process["pid"] != pids[process["name"]] and runs(process["pid"]) for process in record["processes"])
+        url = {"RALMQ_BROKER": record["url"]}
+        eventually(lambda: ralmq("generate", "x", "--model", "demo", home=tmp_path, environment=url).returncode == 0)
+        os.kill(supervisor.pid, signal.SIGINT)
+        assert supervisor.wait(60) == 0
+    assert not any(runs(process["pid"]) for process in record["processes"])
 
 
 def test_down_ends_a_supervisor_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
