@@ -13,10 +13,10 @@ RUN pip install -c constraints.txt torch
 COPY . .
 RUN pip install -c constraints.txt . \
  && useradd --create-home ralmq \
- && mkdir /indexes /documents \
+ && mkdir /indexes /documents /keys /worker-keys \
  && python -c "from pathlib import Path; from ralmq.demo.corpus import numpy_documents; \
 [Path(f'/documents/{document.name}.txt').write_text(document.text) for document in numpy_documents()]" \
- && chown ralmq /indexes
+ && chown ralmq /indexes /keys /worker-keys && chmod 700 /keys /worker-keys
 
 USER ralmq
 WORKDIR /home/ralmq

@@ -3,11 +3,13 @@
 from typing import Any
 
 from ..schema.codec import decode, encode
-from ..schema.errors import Malformed
+from ..schema.errors import Malformed, Refused
 from ..schema.frame import RETURN, Prefix, read_prefix
+from ..schema.keys import Entry
 from ..schema.limits import MAX_FRAMES, NO_ID
 from ..schema.message import Beat, Error, Gone, Kind
 from .limits import Limits
+from .operations import Operations
 from .pipelines import Pipelines
 from .records import Frames, Peer, Sent
 from .requests import Requests
@@ -32,7 +34,8 @@ class Core:
         self._out: list[Sent] = []
         self.requests = Requests(self._out, self.pipelines, epoch, self.limits, now)
         self.roster = Roster(self._out, self.requests, self.pipelines, epoch, self.limits)
-        self.requests.builtins[STATUS] = self.status
+        self.requests.builtins[STATUS] = lambda now, asker, prefix, body: self.status(now)
+        Operations(self.requests, self.roster)
         self._peers = self.roster.peers
         self.started = now
         self._beat_at = now
@@ -67,8 +70,8 @@ class Core:
                     self.roster.lose(now, peer, "spoke to an earlier broker")
             else:
                 raise Malformed(f"a broker takes no message of kind {prefix.kind}: the other side may be newer")
-        except Malformed as error:
-            self.requests.counts["malformed"] += 1
+        except Refused as error:
+            self.requests.counts[error.code] += 1
             identity, attempt = (prefix.id, prefix.attempt) if prefix is not None else (NO_ID, 0)
             self._tell(key, Error(error.code, error.message[:2000]), identity, attempt)
         if self.requests.left:
@@ -77,8 +80,20 @@ class Core:
         self._out.clear()
         return sent
 
+    def introduce(self, now: float, key: bytes, entry: Entry) -> list[Sent]:
+        """Whose key a connection has; told before its first message, and where keys rule, for each connection."""
+        other = self.roster.entries.get(key, entry) != entry
+        sent = self.lost(now, key, "has another key") if other else []
+        self.roster.entries[key] = entry
+        return sent
+
+    def count(self, what: str) -> None:
+        """Counts what the shell sees and the core does not."""
+        self.requests.counts[what] += 1
+
     def lost(self, now: float, key: bytes, reason: str = "died or was cut off") -> list[Sent]:
         """The connection of a peer is gone, or it does not take what is sent to it."""
+        self.roster.entries.pop(key, None)
         peer = self.roster.peers.get(key)
         if peer is not None:
             self.requests.counts["lost_peers"] += 1
@@ -96,6 +111,10 @@ class Core:
             beat = encode(Beat(), epoch=self.epoch)
             self._out += [(key, beat) for key in self.roster.peers]
         return self._flush(now)
+
+    def measured(self, memory: int) -> None:
+        """How many bytes of memory the broker's process has; above the watermark no new work is taken."""
+        self.requests.measured(memory)
 
     def greet(self, key: bytes) -> list[Sent]:
         """A BEAT for one peer, to find out whether it can still be reached."""

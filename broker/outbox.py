@@ -1,4 +1,8 @@
-"""What a peer does not take yet, in order and bounded in bytes. Knows no socket."""
+"""What a peer does not take yet, in order and bounded in bytes. Knows no socket.
+
+The socket before it counts messages, not bytes: its few places hold at most what the budget here holds, as long as
+messages have up to a MiB. A peer that takes nothing is let go when both are full.
+"""
 
 from collections import deque
 

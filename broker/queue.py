@@ -1,6 +1,18 @@
-"""The waiting requests of one service: higher priority first, then the askers in turn, then in order of arrival."""
+"""The waiting requests of one service, fair among those who ask. Knows weights, no time and no bound.
+
+Self-clocked fair queueing (Golestani 1994): each request gets a tag, one over its weight behind the tag of the one
+before it from the same asker and of the same priority, and the lowest tag is next. A step of priority doubles the
+weight: askers of equal priority take turns, one of higher priority gets more turns, and the lowest still gets its
+own: nothing starves. All priorities below one weigh less than that one together, so that an asker who spreads its
+requests over them at most doubles its share.
+"""
+
+from heapq import heapify, heappop, heappush
 
 from .records import Record
+
+SLACK = 64  # entries of requests that are gone, before they are cleared away
+Flow = tuple[bytes, int]  # asker and priority
 
 
 class FairQueue:
@@ -8,43 +20,46 @@ class FairQueue:
 
     def __init__(self) -> None:
         self.count = 0
-        self._levels: dict[int, dict[bytes, dict[bytes, Record]]] = {}  # priority -> asker -> id -> record
+        self._waiting: dict[bytes, Record] = {}
+        self._heap: list[tuple[float, int, Record]] = []  # tag, order of arrival
+        self._last: dict[Flow, float] = {}  # tag of the youngest request, where it is not behind the clock
+        self._clock = 0.0  # tag of the request that left last
+        self._order = 0
 
-    def push(self, record: Record, *, first: bool = False) -> None:
-        """Adds a request; `first` puts one that was already under way before its asker's others."""
-        askers = self._levels.setdefault(record.priority, {})
-        line = askers.setdefault(record.asker.key, {})
-        if first:
-            askers[record.asker.key] = {record.id: record, **line}
-        else:
-            line[record.id] = record
+    def push(self, record: Record) -> None:
+        """Adds a request."""
+        flow = (record.asker.key, record.priority)
+        tag = self._last[flow] = max(self._last.get(flow, 0.0), self._clock) + 0.5**record.priority
+        self._order += 1
+        heappush(self._heap, (tag, self._order, record))
+        self._waiting[record.id] = record
         self.count += 1
 
     def pop(self) -> Record:
-        """Takes the next request of a queue that is not empty; its asker goes behind the others of its priority."""
-        priority = max(self._levels)
-        askers = self._levels[priority]
-        key = next(iter(askers))
-        line = askers.pop(key)
-        record = line.pop(next(iter(line)))
-        if line:
-            askers[key] = line
-        elif not askers:
-            del self._levels[priority]
-        self.count -= 1
+        """Takes the next request of a queue that is not empty."""
+        waiting, heap = self._waiting, self._heap
+        while True:
+            tag, _, record = heappop(heap)
+            if waiting.get(record.id) is record:
+                break
+        self._clock = tag
+        self.remove(record)
         return record
 
     def remove(self, record: Record) -> None:
         """Takes a given request out, which must be in the queue."""
-        askers = self._levels[record.priority]
-        line = askers[record.asker.key]
-        del line[record.id]
-        if not line:
-            del askers[record.asker.key]
-            if not askers:
-                del self._levels[record.priority]
+        del self._waiting[record.id]
         self.count -= 1
+        if not self.count:
+            self._heap.clear()
+            self._last.clear()
+            self._clock = 0.0
+        elif len(self._heap) > 2 * self.count + SLACK:
+            self._heap = [entry for entry in self._heap if self._waiting.get(entry[2].id) is entry[2]]
+            heapify(self._heap)
+        if len(self._last) > 2 * self.count + SLACK:
+            self._last = {flow: tag for flow, tag in self._last.items() if tag > self._clock}
 
     def records(self) -> list[Record]:
         """All waiting requests."""
-        return [record for askers in self._levels.values() for line in askers.values() for record in line.values()]
+        return list(self._waiting.values())

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from ..schema.keys import Entry
 from ..schema.message import Hello, Span
 
 if TYPE_CHECKING:
@@ -27,13 +28,16 @@ class Peer:
     hello: Hello
     name: str
     since: float
-    capacity: int = 0  # as in HELLO
+    capacity: int = 0  # as in HELLO, or less while the rule of suspects asks for it, see `bound`
     services: list[Service] = field(default_factory=list)
     asked: dict[bytes, Record] = field(default_factory=dict)
     serving: dict[bytes, Record] = field(default_factory=dict)
     ending: dict[tuple[bytes, int], Record] = field(default_factory=dict)
     load: int = 0
-    queued_bytes: int = 0
+    held: int = 0  # bytes of what it asked
+    alone: bool = False  # has a suspect in hand, and nothing else beside it
+    kept: int = 0  # services that keep it from new work until a suspect can have it alone
+    unlisted: frozenset[tuple[bytes, int]] = frozenset()  # in its hand, and missing in its last BEAT
     pipeline: Pipeline | None = None
     draining: bool = False  # said BYE: gets no new work
     leaving: bool = False  # it, or a stage of the pipeline that it leads, is draining
@@ -41,6 +45,8 @@ class Peer:
     progress_at: float = 0.0
     busy: int = 0
     gauges: dict[str, Any] = field(default_factory=dict)
+    user: int = 0  # number of its key, 0 where keys do not rule: ids and nonces belong to one user
+    entry: Entry | None = None  # what its key allows; None where keys do not rule
 
     @property
     def works(self) -> bool:
@@ -50,6 +56,10 @@ class Peer:
     def owner(self) -> Peer:
         """Whose credit its work spends: its pipeline's leader, or itself."""
         return self.pipeline.leader if self.pipeline is not None else self
+
+    def bound(self) -> None:
+        """Sets the capacity after `alone` or `kept` has changed."""
+        self.capacity = 1 if self.alone else 0 if self.kept else self.hello.capacity
 
 
 class State(Enum):
@@ -66,7 +76,9 @@ class Record:
 
     `attempt` is the asker's count of resends, `leg` the count on the worker's side: a request that is given to
     another worker raises `leg` alone, and answers of an older leg are fenced off. No leg of an id comes twice.
-    `until` is the credit that CREDIT raised, 0 where none came; `wait` the end of waiting for a missing service.
+    `losses` counts the workers that were lost with it in hand: from the first on it is a suspect. `size` is what its
+    asker is charged with, `until` the credit that CREDIT raised (0 where none came), `wait` the end of waiting for a
+    missing service.
     """
 
     id: bytes
@@ -77,10 +89,10 @@ class Record:
     priority: int
     frames: Frames
     queued_at: float
-    size: int = 0
+    size: int
     state: State = State.QUEUED
     leg: int = 0
-    tries: int = 0
+    losses: int = 0
     until: int = 0
     wait: float = 0.0
     worker: Peer | None = None

@@ -3,15 +3,17 @@
 from typing import Any
 
 from ..schema.codec import encode
-from ..schema.errors import Malformed
+from ..schema.errors import Malformed, Refused
+from ..schema.keys import Entry
 from ..schema.limits import NO_ID
-from ..schema.message import Beat, Bye, Form, Gone, Hello, Welcome
+from ..schema.message import PLEASE, Beat, Bye, Form, Gone, Hello, Welcome
 from .limits import Limits
 from .pipelines import Pipelines
 from .records import Peer, Pipeline, Sent
 from .requests import Requests
 
 RESERVED = "ralmq."
+LOST_MOST = 20  # lost workers that are remembered, to be shown
 
 
 class Roster:
@@ -19,7 +21,10 @@ class Roster:
 
     def __init__(self, out: list[Sent], requests: Requests, pipelines: Pipelines, epoch: int, limits: Limits) -> None:
         self.peers: dict[bytes, Peer] = {}
+        self.entries: dict[bytes, Entry] = {}  # by routing id, where keys rule
+        self._users: dict[str, int] = {}  # number of each key that was seen
         self._by_nonce: dict[bytes, Peer] = {}
+        self.gone: dict[bytes, tuple[float, Peer, str]] = {}  # workers lost last, by nonce: when, who, why
         self._out = out
         self._requests = requests
         self._pipelines = pipelines
@@ -35,14 +40,18 @@ class Roster:
             raise Malformed("a peer offers services or a span: offer the services from a worker of their own")
         if any(name.startswith(RESERVED) for name in hello.services):
             raise Malformed(f"names that begin with {RESERVED} belong to the broker: choose another")
+        entry, user = self._user(key, hello)
         known = self.peers.get(key)
         if known is None or known.hello != hello:
-            for old in (known, self._by_nonce.get(hello.nonce)):
+            namesake = self._by_nonce.get(hello.nonce)
+            if namesake is not None and namesake.user != user:
+                raise Malformed("this nonce belongs to a peer with another key: draw another")
+            for old in (known, namesake):
                 if old is not None and self.peers.get(old.key) is old:
                     self.lose(now, old, "announced itself anew")
         self._tell(key, Welcome(beat_ms=int(self._limits.beat * 1000), name=hello.name))
         if key not in self.peers:
-            self._add(now, Peer(key, hello, hello.name, now, hello.capacity, progress_at=now))
+            self._add(now, Peer(key, hello, hello.name, now, hello.capacity, progress_at=now, user=user, entry=entry))
 
     def bye(self, now: float, peer: Peer) -> None:
         """BYE: a client is forgotten; a worker gets no new work, and BYE back once nothing of it is open."""
@@ -53,7 +62,18 @@ class Roster:
         owner = peer.owner
         owner.leaving = True
         self._stop_offering(owner)
+        self._requests.feed(now, owner)  # not it: another is kept for a suspect that waited for it
         self.left(now, owner)
+
+    def named(self, beginning: str) -> list[Peer]:
+        """The workers whose names begin so, or the one of that name."""
+        workers = [peer for peer in self.peers.values() if peer.works]
+        found = [peer for peer in workers if peer.name == beginning]
+        return found or [peer for peer in workers if peer.name.startswith(beginning)]
+
+    def ask_to_leave(self, worker: Peer) -> None:
+        """BYE to a worker that did not say so: it is to drain. It answers with BYE of its own, as after a signal."""
+        self._out.append((worker.key, encode(Bye(), attempt=PLEASE, epoch=self._epoch)))
 
     def left(self, now: float, worker: Peer) -> None:
         """Something of this worker ended: if it, or a stage of its pipeline, drains and nothing is open, it may go."""
@@ -73,6 +93,10 @@ class Roster:
     def lose(self, now: float, peer: Peer, reason: str) -> None:
         """The peer is dead, cut off or hung: what it asked is abandoned, what it served goes on elsewhere or fails."""
         pipeline = peer.pipeline
+        if peer.works:
+            self.gone[peer.hello.nonce] = now, peer, reason
+            if len(self.gone) > LOST_MOST:
+                del self.gone[next(iter(self.gone))]
         self._requests.lose_asker(now, peer)
         if pipeline is not None:
             self._stop_offering(pipeline.leader)
@@ -89,7 +113,7 @@ class Roster:
             peer.progress, peer.progress_at = beat.progress, now
         peer.busy = beat.busy
         peer.gauges = beat.gauges
-        self._requests.reconcile(peer, beat.active)
+        self._requests.reconcile(now, peer, beat.active)
 
     def hung(self, now: float) -> None:
         """Workers that have work and no progress past their stall limit are treated as lost, and told so.
@@ -106,8 +130,22 @@ class Roster:
 
     # -- inside
 
+    def _user(self, key: bytes, hello: Hello) -> tuple[Entry | None, int]:
+        """What the key of a connection allows, and its number; where keys do not rule nothing is refused."""
+        entry = self.entries.get(key)
+        if entry is None:
+            return None, 0
+        offers = [*hello.services, *([f"lm:{hello.span.model}"] if hello.span is not None else [])]
+        refused = [name for name in offers if not entry.may_offer(name)]
+        if refused:
+            self._requests.counts["forbidden"] += 1
+            text = f"the key {entry.name} ({entry.role}) may not offer {', '.join(refused)}"
+            raise Refused(f"{text}: make one with `ralmq keys add NAME --role worker`")
+        return entry, self._users.setdefault(entry.public, len(self._users) + 1)
+
     def _add(self, now: float, peer: Peer) -> None:
         self.peers[peer.key] = peer
+        self.gone.pop(peer.hello.nonce, None)
         self._by_nonce[peer.hello.nonce] = peer
         for name in peer.hello.services:
             service = self._requests.service(name)

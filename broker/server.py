@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import time
+from pathlib import Path
 from typing import Any, Final
 
 import zmq
@@ -17,9 +18,12 @@ from zmq.utils.monitor import parse_monitor_message
 from ..schema.errors import Refused
 from ..schema.limits import MAX_FRAMES, MAX_MESSAGE
 from .core import Core
+from .guard import Guard
 from .limits import Limits
+from .memory import give_back, resident, watermark
 from .outbox import Outbox
 from .records import Sent
+from .watch import Watch, cut
 
 BATCH: Final = 64  # messages a pass, so that timers and other tasks get their turn
 TICK: Final = 0.01
@@ -29,8 +33,15 @@ READABLE: Final = int(zmq.POLLIN)
 HEARTBEAT_MS: Final = 500
 HEARTBEAT_TIMEOUT_MS: Final = 2000
 LINGER_MS: Final = 1000  # closing at once with a multipart backlog can abort the process
-HIGH_WATER: Final = 256  # messages a peer; what a peer does not take beyond that waits in the outbox, bounded in bytes
+HIGH_WATER: Final = 64  # messages a peer, whatever their size; what it does not take beyond that waits in the outbox
 OUT_BYTES: Final = 64 << 20
+LOOK: Final = 0.25  # seconds between two looks at the list of keys, and at messages that do not end
+REFUSALS: Final = {  # what the monitor tells of connections that never came to be, and how it is counted
+    int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "unknown_key",
+    int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): "no_handshake",
+    int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): "no_handshake",
+}
+WATCHED: Final = int(zmq.EVENT_ACCEPTED) | int(zmq.EVENT_DISCONNECTED) | sum(REFUSALS)
 
 
 class Server:
@@ -40,14 +51,25 @@ class Server:
         bind: tcp://host:port (port * or 0 picks one), ipc://path or inproc://name.
         limits: bounds and rhythm, see Limits.
         context: a zmq context to share, for inproc.
+        keys: folder of keys; nobody whose key is not in it gets in. None lets everybody in.
 
     Raises:
-        Refused: the address is taken, or no address.
+        Refused: the address is taken, or no address; the folder of keys is missing or broken.
     """
 
-    def __init__(self, bind: str, *, limits: Limits | None = None, context: zmq.Context[Any] | None = None) -> None:
+    def __init__(
+        self,
+        bind: str,
+        *,
+        limits: Limits | None = None,
+        context: zmq.Context[Any] | None = None,
+        keys: Path | None = None,
+    ) -> None:
         self._bind = bind
-        self._limits = limits
+        self._limits = limits or Limits(memory=watermark())
+        self._guard = Guard(keys) if keys is not None else None
+        self._watch = Watch()
+        self._look_at = 0.0
         self._own = context is None
         self._context = context or zmq.Context()
         self._outbox = Outbox(OUT_BYTES)
@@ -61,8 +83,12 @@ class Server:
         epoch = int.from_bytes(os.urandom(4), "little") or 1
         self.core = Core(epoch, self._clock(), self._limits)
         try:
+            if self._guard is not None:
+                self._guard.start(self._context)  # before anybody can connect
             self._socket = self._open()
         except BaseException:
+            if self._guard is not None:
+                self._guard.stop()
             if self._own:
                 self._context.term()
             raise
@@ -70,7 +96,7 @@ class Server:
         # the methods of the C level: the wrappers around them cost as much as they do
         self._recv = super(zmq.Socket, self._socket).recv
         self._send = super(zmq.Socket, self._socket).send
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._socket.get_monitor_socket(WATCHED)
         self._loop.add_reader(self._socket.fileno(), self._pump)
         self._loop.add_reader(self._monitor.fileno(), self._disconnected)
         self._timer = self._loop.call_later(TICK, self._tick)
@@ -86,6 +112,8 @@ class Server:
         self._socket.disable_monitor()
         self._monitor.close(0)
         self._socket.close(LINGER_MS)
+        if self._guard is not None:
+            self._guard.stop()
         if self._own:
             await asyncio.to_thread(self._context.term)
 
@@ -98,6 +126,8 @@ class Server:
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
         socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE + (1 << 20))
+        if self._guard is not None:
+            self._guard.arm(socket)
         try:
             socket.bind(self._bind)
         except zmq.ZMQError as error:
@@ -141,12 +171,55 @@ class Server:
                     frame = receive(LAST, False)
                     if len(frames) <= MAX_FRAMES:  # one more than allowed shows that there were too many
                         frames.append(frame)
-                if key not in descriptors:
-                    descriptors[key] = _descriptor(frames[0])
+                if key not in descriptors and not self._introduced(now, key, frames[0], sent):
+                    continue
                 sent += step(now, key, frames)
         except zmq.Again:
             return True
         return False
+
+    def _introduced(self, now: float, key: bytes, frame: zmq.Frame, sent: list[Sent]) -> bool:
+        """Asks what its first message tells of a connection; False where nothing of it may be taken.
+
+        A routing id that the ROUTER drew belongs to one connection, and a connection to one key, until it ends; the
+        descriptor is forgotten then, so that whoever comes next under this id is asked anew.
+        """
+        descriptor = _descriptor(frame)
+        if self._guard is not None:
+            entry = self._guard.entry(key, frame)
+            if entry is None:
+                self.core.count("unauthorized")
+                cut(descriptor)
+                return False
+            sent += self.core.introduce(now, key, entry)
+        self._descriptors[key] = descriptor
+        self._watch.whole(descriptor)
+        return True
+
+    def _look(self) -> None:
+        """What no message tells: how full the memory is, a list of keys written anew, a message that does not end."""
+        memory = resident()
+        if 0 < self._limits.memory < memory:
+            give_back()
+            memory = resident()
+        self.core.measured(memory)
+        if self._guard is not None and self._guard.changed():
+            self._revoke()
+        suspects, endless = self._watch.look()
+        for key in [key for key, number in self._descriptors.items() if number in suspects]:
+            del self._descriptors[key]  # so that its next message is seen
+        for descriptor in endless:
+            self.core.count("endless")
+            cut(descriptor)
+
+    def _revoke(self) -> None:
+        """Ends the connections of keys that are not in the list any more, or stand there otherwise."""
+        assert self._guard is not None
+        for key, entry in list(self.core.roster.entries.items()):
+            if self._guard.allowed.get(entry.public) != entry:
+                self.core.count("revoked")
+                cut(self._descriptors.get(key, -1))
+                self._deliver(self._lost(key, "has a key that was revoked"))
 
     def _pump_soon(self) -> None:
         if not self._again:
@@ -198,7 +271,11 @@ class Server:
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(TICK, self._tick)
-        sent = self.core.tick(self._clock())
+        now = self._clock()
+        sent = self.core.tick(now)
+        if now >= self._look_at:
+            self._look_at = now + LOOK
+            self._look()
         if sent:
             self._deliver(sent)
         if self._outbox:
@@ -207,11 +284,22 @@ class Server:
             self._pump_soon()
 
     def _disconnected(self) -> None:
-        """A connection ended: whoever had its descriptor is asked at once, since descriptors are used again."""
+        """A connection ended: whoever had its descriptor is asked at once, since descriptors are used again.
+
+        Or it failed before it began: that is counted.
+        """
         with contextlib.suppress(zmq.Again):
             while True:
                 event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+                if event["event"] in REFUSALS:
+                    self.core.count(REFUSALS[event["event"]])
+                    continue
+                if event["event"] == zmq.EVENT_ACCEPTED:
+                    self._watch.opened(event["value"])
+                    continue
+                self._watch.closed(event["value"])
                 for key in [key for key, number in self._descriptors.items() if number == event["value"]]:
+                    del self._descriptors[key]
                     self._deliver(self.core.greet(key))
         self._pump_soon()
 

@@ -1,7 +1,7 @@
 """What is offered under a name, by whom, and how fast it goes. Knows neither messages nor time of its own."""
 
 from .queue import FairQueue
-from .records import Peer
+from .records import Peer, Record
 
 BUSY_FLOOR = 0.02  # seconds: the shortest retry-after
 BUSY_CEILING = 10.0  # the pace may have changed by then
@@ -14,6 +14,9 @@ class Service:
     """A name, the workers that offer it, and the requests that wait for one.
 
     Attributes:
+        suspects: requests that wait, too, and that were in hand of workers that were lost; each is given to a worker
+            that has nothing else in hand, so that the loss of that one harms and condemns no other.
+        kept: the worker that gets nothing new until it can take a suspect.
         rate: requests finished a second, as seen from outside, smoothed.
         pace: the same at full load, while requests wait; 0 where that has not been seen.
     """
@@ -24,6 +27,8 @@ class Service:
         self.offers = 0  # workers and spans that announced the name, ready or not
         self.gone_at = float("-inf")
         self.queue = FairQueue()
+        self.suspects: dict[bytes, Record] = {}
+        self.kept: Peer | None = None
         self.finished = 0
         self.rate = 0.0
         self.pace = 0.0
@@ -43,17 +48,45 @@ class Service:
                 best, least = worker, load
         return best
 
+    def alone(self) -> Peer | None:
+        """A worker with nothing in hand, for a suspect; where there is none, the least loaded one is kept for it."""
+        found = next((worker for worker in self.workers if not worker.load), None)
+        kept = self.kept
+        if found is not None:
+            kept = None
+        elif kept not in self.workers:
+            kept = min(self.workers, key=lambda worker: worker.load, default=None)
+        self.keep(kept)
+        return found
+
+    def keep(self, worker: Peer | None) -> None:
+        """This worker, and no other, gets nothing new."""
+        for peer, change in ((self.kept, -1), (worker, 1)):
+            if peer is not None:
+                peer.kept += change
+                peer.bound()
+        self.kept = worker
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return self.queue.count + len(self.suspects)
+
+    def records(self) -> list[Record]:
+        """The requests that wait."""
+        return [*self.suspects.values(), *self.queue.records()]
+
     def loaded(self, now: float) -> None:
         """Full load begins: a request waits."""
         self._loaded_at, self._loaded_count = now, self.finished
 
     def measure(self, now: float, seconds: float) -> None:
         """Updates rate and pace, called once an interval; a time without work says nothing about them."""
-        if self.finished != self._counted or self.queue.count:
+        if self.finished != self._counted or self.waiting:
             current = (self.finished - self._counted) / seconds
             self._counted = self.finished
             self.rate = current if not self.rate else 0.7 * self.rate + 0.3 * current
-        if self.queue.count:
+        if self.waiting:
             self.pace = self._pace(now)
             self.loaded(now)
 
@@ -74,7 +107,7 @@ class Service:
     def _pace(self, now: float) -> float:
         """Half of what was known, half of what this stretch of full load shows."""
         seconds = now - self._loaded_at
-        if seconds < SETTLED or not self.queue.count:
+        if seconds < SETTLED or not self.waiting:
             return self.pace
         current = (self.finished - self._loaded_count) / seconds
         return (self.pace + current) / 2 if self.pace and current else self.pace or current

@@ -26,13 +26,20 @@ def snapshot(
             "clients": len(roster.peers) - len(workers),
             "open_requests": len(requests.open),
             "queued_bytes": requests.queued_bytes,
+            "held_bytes": sum(peer.held for peer in roster.peers.values()),
+            "memory_bytes": requests.memory,
+            "quarantine": len(requests.quarantine),
             "counts": dict(requests.counts),
         },
         "workers": [_worker(peer) for peer in workers],
+        "lost": [
+            {"name": peer.name, "services": list(peer.hello.services), "age_s": round(now - at, 3), "why": why}
+            for at, peer, why in roster.gone.values()
+        ],
         "services": {
             name: {
                 "workers": len(service.workers),
-                "queued": service.queue.count,
+                "queued": service.waiting,
                 "finished": service.finished,
                 "rate": round(service.rate, 3),
             }
@@ -79,6 +86,7 @@ def _worker(peer: Peer) -> dict[str, Any]:
         "pid": peer.hello.pid,
         "in_flight": peer.load,
         "capacity": peer.hello.capacity,
+        **({"key": peer.entry.name} if peer.entry is not None else {}),
         "labels": peer.hello.labels,
         **({"gauges": peer.gauges} if peer.gauges else {}),
     }

@@ -8,7 +8,7 @@ import typer
 
 from ..schema.address import BROKER_VARIABLE, DEFAULT_BROKER
 from ..schema.errors import Refused, WorkerLost
-from .shared import Broker, Json, print_json, run
+from .shared import Broker, Json, Keys, print_json, run
 
 if TYPE_CHECKING:
     from ..client.results import Hits
@@ -22,6 +22,7 @@ def status(
     expect: Annotated[
         list[str] | None, typer.Option("--expect", metavar="SERVICE", help="Exit 1 unless it is served; repeatable.")
     ] = None,
+    keys: Keys = None,
     as_json: Json = False,
 ) -> None:
     """Show broker, workers, services and pipelines."""
@@ -58,6 +59,7 @@ def search(
     k: Annotated[int, typer.Option("--k", min=1, help="Neighbours of each query.")] = 10,
     nprobe: Annotated[int | None, typer.Option("--nprobe", min=1, help="Lists of the index to look at.")] = None,
     broker: Broker = DEFAULT_BROKER,
+    keys: Keys = None,
     as_json: Json = False,
 ) -> None:
     """Show the nearest entries of an index."""

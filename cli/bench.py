@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import Json, show_help
+from .shared import Json, show_help, without_keys
 
 bench = typer.Typer(
     help="Measure this machine: bound, measured, ok.",
@@ -13,6 +13,7 @@ bench = typer.Typer(
     rich_markup_mode=None,
 )
 Quick = Annotated[bool, typer.Option("--quick", help="Shorter and rougher.")]
+Model = Annotated[str, typer.Option("--model", help="A model directory with a tokenizer, or demo.")]
 
 
 @bench.callback()
@@ -28,9 +29,9 @@ def broker(quick: Quick = False, as_json: Json = False) -> int:
 
 
 @bench.command()
-def pipeline(quick: Quick = False, as_json: Json = False) -> int:
-    """Tokens a second of the embedded model over one, two and three stages, with 1, 4 and 16 sequences."""
-    return _run("pipeline", quick, as_json)
+def pipeline(model: Model = "demo", quick: Quick = False, as_json: Json = False) -> int:
+    """Tokens a second of a model over one, two and three stages, with 1, 4 and 16 sequences; and idle time."""
+    return _run("pipeline", quick, as_json, "--model", model)
 
 
 @bench.command()
@@ -45,6 +46,7 @@ def retrieval(quick: Quick = False, as_json: Json = False) -> int:
     return _run("retrieval", quick, as_json)
 
 
-def _run(name: str, quick: bool, as_json: bool) -> int:
-    arguments = [*(["--quick"] if quick else []), *(["--json"] if as_json else [])]
+def _run(name: str, quick: bool, as_json: bool, *more: str) -> int:
+    without_keys()
+    arguments = [*more, *(["--quick"] if quick else []), *(["--json"] if as_json else [])]
     return int(import_module(f"ralmq.bench.{name}").main(arguments))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import run
+from .shared import run, without_keys
 
 
 def demo(
@@ -16,5 +16,6 @@ def demo(
     ] = None,
 ) -> int:
     """Show the main job on the embedded model: a local cluster, generation without and with retrieval."""
+    without_keys()
     code: int = run(import_module("ralmq.demo.run").main(folder=folder))
     return code

@@ -8,7 +8,7 @@ import typer
 
 from ..schema.address import DEFAULT_BROKER
 from ..schema.errors import Refused
-from .shared import Broker, Json, print_json, run
+from .shared import Broker, Json, Keys, print_json, run
 
 
 class Policy(enum.StrEnum):
@@ -40,7 +40,7 @@ def generate(
     frequency_penalty: Annotated[float | None, typer.Option(help="The same for each time.")] = None,
     logit_bias: Annotated[list[str] | None, typer.Option(metavar="ID=VALUE", help="Repeatable.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
-    n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="So many texts.")] = None,
+    n: Annotated[int | None, typer.Option("-n", "--n", min=1, max=64, help="So many texts.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="A text that ends it; may be repeated.")] = None,
     stop_ids: Annotated[list[int] | None, typer.Option("--stop-id", help="A token that ends it; repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of text.")] = False,
@@ -60,6 +60,7 @@ def generate(
     knn_temperature: Annotated[float | None, typer.Option("--knn-temperature", help="Flattens distances.")] = None,
     deadline: Annotated[float, typer.Option("--deadline", help="Seconds until it is given up.")] = 600.0,
     broker: Broker = DEFAULT_BROKER,
+    keys: Keys = None,
     as_json: Json = False,
 ) -> int | None:
     """Generate text from a prompt, shown as it comes, or from each prompt of a file."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from ..schema.errors import Refused
-from .shared import run, show_help
+from .shared import Keys, run, show_help, without_keys
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -37,6 +37,7 @@ def build(
         str | None,
         typer.Option("--broker", metavar="URL", help="A cluster that serves the model; else one is started."),
     ] = None,
+    keys: Keys = None,
 ) -> None:
     """Build an index of a model's hidden states over texts."""
     manifest = run(_build(name, source, model, out.expanduser(), max_tokens, broker))
@@ -90,6 +91,7 @@ async def _served(model: str, broker: str | None) -> AsyncIterator[str]:
         return
     from ..cluster.local import local_cluster
 
+    without_keys()
     threads = min(MAX_THREADS, os.cpu_count() or 1)
     async with local_cluster(model=model, stages=1, generator=False, threads=threads) as cluster:
         yield cluster.url

@@ -17,7 +17,7 @@ from ..schema.address import BROKER_VARIABLE, DEFAULT_BROKER
 from ..schema.errors import RalmqError, Refused, WorkerFailed
 from .failures import BAD_INPUT, PREFIX
 from .serve import Insecure, check_bind
-from .shared import run
+from .shared import Keys, run
 
 if TYPE_CHECKING:
     from ..cluster.cluster import Cluster
@@ -36,6 +36,7 @@ def up(
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = None,
     bind: Annotated[str, typer.Option("--bind", metavar="URL", help="Address of the broker.")] = DEFAULT_BROKER,
     insecure: Insecure = False,
+    keys: Keys = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Leave it running in the background.")] = False,
 ) -> None:
     """Start a local cluster: broker, stages, generator, and a server for each index. Ctrl-C ends it."""
@@ -43,7 +44,7 @@ def up(
         if bind != DEFAULT_BROKER:
             raise Refused("--port and --bind both name an address: give one of them")
         bind = f"tcp://127.0.0.1:{port}"
-    check_bind(bind, insecure=insecure)
+    check_bind(bind, insecure=insecure, keys=keys)
     paths = [path.expanduser() for path in index or ()]
     if detach:
         flags = [flag for path in paths for flag in ("--index", str(path))] + (["--insecure"] if insecure else [])

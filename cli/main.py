@@ -11,7 +11,9 @@ from .demo import demo
 from .failures import DEBUG, Commands
 from .generate import generate
 from .index import index
+from .keys import keys
 from .local import down, logs, up
+from .quarantine import drain, quarantine
 from .serve import broker, worker
 from .shared import show_help
 from .split import split
@@ -48,7 +50,9 @@ def _root(
     show_help(context)
 
 
-for command in (demo, up, down, status, logs, broker, worker, generate, search, split):
+for command in (demo, up, down, status, logs, broker, worker, generate, search, drain, split):
     app.command()(command)
 app.add_typer(index, name="index")
 app.add_typer(bench, name="bench")
+app.add_typer(keys, name="keys")
+app.add_typer(quarantine, name="quarantine")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import os
 import signal
 from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
@@ -10,10 +11,30 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from ..schema.address import BROKER_VARIABLE
+from ..schema.keys import KEYS_VARIABLE
 
 T = TypeVar("T")
 
 Broker = Annotated[str, typer.Option("--broker", envvar=BROKER_VARIABLE, metavar="URL", help="Address of the broker.")]
+
+
+def _used(path: str | None) -> str | None:
+    """In the environment every connection of this process finds it, and so do the processes that it starts."""
+    if path is not None:
+        os.environ[KEYS_VARIABLE] = path
+    return path
+
+
+Keys = Annotated[
+    str | None,
+    typer.Option(
+        "--keys",
+        envvar=KEYS_VARIABLE,
+        metavar="PATH",
+        callback=_used,
+        help="Key file, or folder of `ralmq keys init`, where the broker asks for keys.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
 
 
@@ -34,6 +55,11 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(cancellable())
     except asyncio.CancelledError:
         raise typer.Exit(128 + signal.SIGTERM) from None
+
+
+def without_keys() -> None:
+    """For commands that start a cluster of their own on loopback."""
+    os.environ.pop(KEYS_VARIABLE, None)
 
 
 def show_help(context: typer.Context) -> None:

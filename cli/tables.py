@@ -1,10 +1,13 @@
 """The tables that commands print. Knows the fields of a status and of hits; asks nobody."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..schema.keys import Entry
 
 
 def processes(pids: Mapping[str, int], url: str, status: Mapping[str, Any]) -> Table:
@@ -35,6 +38,16 @@ def status_tables(status: Mapping[str, Any]) -> list[Table]:
     return [table for table in (workers, services, pipelines) if table.row_count or table is workers]
 
 
+def keys_table(entries: Sequence["Entry"]) -> Table:
+    """Who is let in, and who no more."""
+    table = _table("keys", "name", "role", "may offer", "state", "public key")
+    for entry in entries:
+        offers = ", ".join(entry.offers) if entry.role == "worker" else ""
+        row = (entry.name, entry.role, offers, "revoked" if entry.revoked else "let in", entry.public)
+        table.add_row(*map(escape, row))
+    return table
+
+
 def hits_table(found: Sequence[Sequence[Mapping[str, Any]]], ids: Any, distances: Any) -> Table:
     """A row for each neighbour; the query's number where there are several."""
     table = _table("neighbours", "query", "id", "distance", "document", "text")
@@ -47,6 +60,15 @@ def hits_table(found: Sequence[Sequence[Mapping[str, Any]]], ids: Any, distances
             document = str(payload.get("document", ""))
             table.add_row(str(query), str(identity), f"{distance:.4g}", escape(document), escape(text))
         table.add_section()
+    return table
+
+
+def quarantine_table(found: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each request in quarantine."""
+    table = _table("quarantine", "id", "service", "asked by", "age", "bytes kept", "why")
+    for entry in found:
+        row = (entry["id"], entry["service"], entry["asker"], f"{entry['age_s']:.0f} s", str(entry["bytes"]))
+        table.add_row(*map(escape, row), escape(entry["why"]))
     return table
 
 

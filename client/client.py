@@ -30,16 +30,18 @@ def connect(
     wait: float = 5.0,
     name: str = "client",
     context: zmq.Context[Any] | None = None,
+    keys: str | os.PathLike[str] | None = None,
 ) -> "Client":
     """A client of the broker at `url`; opened by `async with`.
 
     Args:
         url: tcp://host:port, ipc://path or inproc://name; $RALMQ_BROKER where not given, else tcp://127.0.0.1:5555.
         wait: seconds to wait for the broker.
+        keys: a key file or a folder of keys, for a broker that asks for one; $RALMQ_KEYS where not given.
     """
     if url is None:
         url = os.environ.get(BROKER_VARIABLE) or DEFAULT_BROKER
-    return Client(Link(url, Hello(bytes(16), name), context=context), wait)
+    return Client(Link(url, Hello(bytes(16), name), context=context, keys=keys), wait)
 
 
 def _end(deadline: float) -> float:

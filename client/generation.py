@@ -8,11 +8,13 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from ..schema.errors import Poisoned, WorkerLost
+from ..schema.errors import Poisoned, Refused, WorkerLost
 from .results import Alternative, Token
 from .stream import Stream
 
 LOSSES = 3  # of its generator, without a new token between them
+MOST_TEXTS = 64
+MOST_ID = 0x7FFF_FFFF  # token ids travel as int32
 
 # The options of a generation and what they are where not given; the generator checks their values.
 DEFAULTS: Final[dict[str, Any]] = {
@@ -52,17 +54,33 @@ def generation_request(prompt: str | Sequence[int], options: dict[str, Any]) -> 
 
     Raises:
         TypeError: an option that does not exist.
+        Refused: a prompt or a number of texts that cannot be.
     """
     for name in options:
         if name not in DEFAULTS:
             raise TypeError(f"generate() has no option {name!r}: there are {', '.join(DEFAULTS)}")
     body = {name: value for name, value in options.items() if value is not None}
+    n = body.get("n", 1)
+    if type(n) is not int or not 1 <= n <= MOST_TEXTS:
+        raise Refused(f"n: {n!r} is out of range, give 1 to {MOST_TEXTS}")
     body.setdefault("seed", random.getrandbits(63))  # the same for whoever goes on with it
     if isinstance(bias := body.get("logit_bias"), Mapping):
         body["logit_bias"] = [[int(token), float(value)] for token, value in bias.items()]  # maps have text keys
     if isinstance(prompt, str):
         return {**body, "prompt": prompt}, []
-    return body, [np.asarray(prompt, dtype=np.int32)]
+    return body, [_ids(prompt)]
+
+
+def _ids(prompt: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """The ids of a prompt, int32 [n].
+
+    Raises:
+        Refused: something else is among them.
+    """
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token <= MOST_ID:
+            raise Refused(f"the prompt has {token!r}, which is no token id: give text, or ids of 0 to {MOST_ID}")
+    return np.asarray(prompt, dtype=np.int32)
 
 
 class Generation:

@@ -25,8 +25,9 @@ from ..schema.errors import (
     error_of,
 )
 from ..schema.frame import Prefix, read_prefix, restamped
+from ..schema.keys import key_for
 from ..schema.limits import MAX_DEADLINE_MS, NO_ID
-from ..schema.message import Beat, Bye, Cancel, Credit, Error, Gone, Hello, Kind, Partial, Request, Welcome
+from ..schema.message import PLEASE, Beat, Bye, Cancel, Credit, Error, Gone, Hello, Kind, Partial, Request, Welcome
 from ..schema.message import Final as End
 from .pending import Pending
 from .wire import Wire
@@ -48,6 +49,7 @@ class Link:
         lost: called when the broker, or the connection to it, is gone: all state shared with it is void.
         beat: makes the BEAT, once an interval.
         context: a zmq context to share, for inproc.
+        keys: key file or folder of keys, see schema/keys.py; None takes $RALMQ_KEYS, "" none.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Link:
         lost: Callable[[], None] | None = None,
         beat: Callable[[], Beat] = Beat,
         context: zmq.Context[Any] | None = None,
+        keys: str | os.PathLike[str] | None = None,
     ) -> None:
         self.url = url
         self.epoch = 0
@@ -67,6 +70,8 @@ class Link:
         self._on_lost = lost
         self._beat = beat
         self._context = context
+        self._keys = keys
+        self._reason = ""  # why the broker does not let this peer in, as last said
         self._interval = 1.0
         self._asked: dict[bytes, Pending] = {}
         self._wire: Wire | None = None
@@ -83,12 +88,13 @@ class Link:
 
         Raises:
             NoBroker: nobody answered in time.
-            Refused: the url is no address, or the broker does not accept what is announced.
+            Refused: the url is no address, or the broker does not accept the key or what is announced.
         """
         self._loop = asyncio.get_running_loop()
         self._ready = self._loop.create_future()
         self._leaving, self._left = False, None
-        self._wire = Wire(self.url, self._received, self._lost, self._context)
+        key = key_for(self.url, self._keys, works=self._works)
+        self._wire = Wire(self.url, self._received, self._lost, self._context, key, self._no_entry)
         try:
             self._announce()
             await asyncio.wait_for(self._ready, None if wait == float("inf") else wait)
@@ -109,7 +115,7 @@ class Link:
         for pending in list(self._asked.values()):
             pending.end(ConnectionClosed("the link was closed before the answer", request_id=pending.id))
         self._asked.clear()
-        if self._known and not self.hello.services and self.hello.span is None:
+        if self._known and not self._works:
             wire.send(encode(Bye(), epoch=self.epoch))
         self._known = False
         self._depart()
@@ -226,7 +232,7 @@ class Link:
             pending.take(prefix, message)
             if pending.ended:
                 del self._asked[prefix.id]
-        elif isinstance(message, Bye):
+        elif isinstance(message, Bye) and prefix.attempt != PLEASE:
             self._depart()
         elif self._take is not None:
             self._take(prefix, message)
@@ -234,7 +240,7 @@ class Link:
     def _enter(self, epoch: int, welcome: Welcome) -> None:
         if self._known and epoch == self.epoch:
             return  # the answer to a HELLO that was sent twice
-        self._known, self.epoch = True, epoch
+        self._known, self.epoch, self._reason = True, epoch, ""
         self._interval = welcome.beat_ms / 1000
         if self._timer is not None:
             self._timer.cancel()
@@ -257,6 +263,15 @@ class Link:
             self._on_lost()
         self._announce()
 
+    @property
+    def _works(self) -> bool:
+        return bool(self.hello.services) or self.hello.span is not None
+
+    def _no_entry(self, reason: str) -> None:
+        if reason != self._reason:  # once, however often it is tried
+            self._reason = reason
+            self._refused(Refused(f"the broker at {self.url} {reason}"))
+
     def _depart(self) -> None:
         if self._left is not None and not self._left.done():
             self._left.set_result(None)
@@ -272,15 +287,16 @@ class Link:
             self._refused(error)
         elif prefix.kind == Kind.STEP:
             log.error("%s leaves its pipeline: a STEP cannot be read (%s)", self.hello.name, error.message)
-            self._renew()
+            self.renew("a STEP cannot be read")
         elif prefix.kind == Kind.REQUEST:
             self.send(Error(error.code, error.message), id=prefix.id, attempt=prefix.attempt)
         elif (pending := self._asked.get(prefix.id)) is not None and prefix.attempt == pending.attempt:
             text = f"the answer cannot be read: {error.message}"
             self.cancel(pending, WorkerFailed(text, request_id=pending.id))
 
-    def _renew(self) -> None:
+    def renew(self, why: str) -> None:
         """Announces this peer as another: the broker ends what the old one had in hand, with an answer for each."""
+        log.error("%s announces itself anew: %s", self.hello.name, why)
         self.hello = replace(self.hello, nonce=os.urandom(16))
         self._lost()
 

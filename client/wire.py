@@ -9,12 +9,22 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from ..schema.errors import Refused
+from ..schema.keys import PeerKey
 from ..schema.limits import MAX_FRAMES, MAX_MESSAGE
 
 BATCH: Final = 64  # messages a pass, so that timers and other tasks get their turn
+BROKEN: Final = 3  # handshakes that break off one after another, before that means something
 RETRY: Final = 0.1  # seconds
+AGAIN: Final = 1.0  # seconds after a refused key
+WATCHED: Final = int(
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 HEARTBEAT_MS: Final = 500
 HEARTBEAT_TIMEOUT_MS: Final = 2000
 LINGER_MS: Final = 500
@@ -30,6 +40,8 @@ class Wire:
         take: called with the frames (memoryviews) of each message, within the event loop.
         cut: called when the connection has ended; what was on its way is lost. inproc does not tell.
         context: shared with the broker for inproc; else the process has one.
+        key: what this side proves itself with, and the broker's public key; None where none is asked for.
+        refused: called with the reason when the broker, or this side, does not accept the other's key.
 
     Raises:
         Refused: the url is no address.
@@ -41,22 +53,33 @@ class Wire:
         take: Callable[[list[Any]], None],
         cut: Callable[[], None],
         context: zmq.Context[Any] | None,
+        key: PeerKey | None = None,
+        refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._take = take
         self._cut = cut
+        self._url = url
+        self._refused = refused
+        self._failures = 0
+        self._why = _REASONS if key is not None else _NO_KEY
         self._waiting: deque[list[Any]] = deque()
         self._pumping = False
         self._retry: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None  # of a connection that is tried again
         self._socket: zmq.Socket[bytes] = (context or zmq.Context.instance()).socket(zmq.DEALER)
         for option, value in _OPTIONS:
             self._socket.setsockopt(option, value)
+        if key is not None:
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, key.broker.encode())
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret.encode())
         try:
             self._socket.connect(url)
         except zmq.ZMQError as error:
             self._socket.close(0)
             raise Refused(f"{url} is no broker address ({error.strerror}): give tcp://host:port") from None
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._socket.get_monitor_socket(WATCHED)
         self._loop.add_reader(self._socket.fileno(), self._pump)
         self._loop.add_reader(self._monitor.fileno(), self._disconnected)
         self._disconnected()  # takes the edge of the monitor's own connection, or the first real one would not show
@@ -78,8 +101,9 @@ class Wire:
         self._waiting.clear()
 
     def close(self) -> None:
-        if self._retry is not None:
-            self._retry.cancel()
+        for timer in (self._retry, self._timer):
+            if timer is not None:
+                timer.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_reader(self._monitor.fileno())
         self._socket.disable_monitor()
@@ -113,6 +137,7 @@ class Wire:
                     frame = receive(zmq.NOBLOCK, copy=False)
                     if len(frames) <= MAX_FRAMES:  # one more than allowed shows that there were too many
                         frames.append(frame.buffer)
+                self._failures = 0
                 self._take(frames)
                 if self._socket.closed:
                     return
@@ -135,16 +160,44 @@ class Wire:
         self._pump()
 
     def _disconnected(self) -> None:
-        cut = False
+        cut, failure = False, 0
         try:
             while True:
-                self._monitor.recv_multipart(zmq.NOBLOCK)
-                cut = True
+                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+                cut = cut or event["event"] == zmq.EVENT_DISCONNECTED
+                if event["event"] in self._why and event["value"] in _MEANT.get(
+                    int(event["event"]), (int(event["value"]),)
+                ):
+                    failure = event["event"]
         except zmq.Again:
-            if cut:
-                self._cut()
+            pass
+        if cut:
+            self._cut()
+        if failure:
+            self._failures += 1
+            if failure == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                if self._failures < BROKEN:  # the broker may have ended just then
+                    return
+            else:  # libzmq itself gives up
+                self._timer = self._loop.call_later(AGAIN, self._connect_again)
+            self._refused(self._why[failure])
+
+    def _connect_again(self) -> None:
+        if not self._socket.closed:
+            self._socket.connect(self._url)
 
 
+_REASONS: dict[int, str] = {
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "does not let this key in: it is not in its list, or was revoked",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "takes no keys: leave --keys and $RALMQ_KEYS away",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "has another key than the file says: take a file from its own folder of keys",
+}
+_NO_KEY: dict[int, str] = {
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "lets nobody in without a key: give --keys FILE, or $RALMQ_KEYS",
+}
+_MEANT: dict[int, tuple[int, ...]] = {
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: (zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH,)
+}  # else: no broker at all
 _OPTIONS = (
     (zmq.LINGER, LINGER_MS),
     (zmq.IMMEDIATE, 1),  # what was meant for one connection is void on the next, and must not come first there

@@ -21,6 +21,7 @@ from .limits import (
     MAX_SERVICES,
 )
 
+PLEASE = 1  # attempt of the BYE by which the broker asks a worker to drain; that of a BYE that lets it go is 0
 U31 = 0x7FFF_FFFF
 U63 = 0x7FFF_FFFF_FFFF_FFFF
 
@@ -139,7 +140,10 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Bye:
-    """A peer leaves. A worker sends it to drain; the broker sends it back once nothing of that worker is open."""
+    """A peer leaves. A worker sends it to drain; the broker sends it back once nothing of that worker is open.
+
+    The broker's BYE with attempt PLEASE asks a worker to drain.
+    """
 
 
 @dataclass(frozen=True, slots=True)

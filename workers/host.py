@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from ..client.link import Link
 from ..schema.errors import Malformed, RalmqError, Refused, RequestCancelled, WorkerFailed
 from ..schema.frame import Prefix
 from ..schema.limits import MAX_ACTIVE
-from ..schema.message import Active, Beat, Cancel, Credit, Error, Gone, Hello, Partial, Release
+from ..schema.message import Active, Beat, Bye, Cancel, Credit, Error, Gone, Hello, Partial, Release
 from ..schema.message import Final as End
 from ..schema.message import Request as Asked
 from .base import ELSEWHERE, Request, Worker, answer_parts
@@ -56,17 +57,31 @@ class Host:
         worker: an instance; its `host` attribute is set, so that it can ask services itself (`host.client`).
         url: the broker's address.
         name: shown in `ralmq status`; a suffix from the connection's nonce is added.
+        keys: a key file or a folder of keys, for a broker that asks for one; $RALMQ_KEYS where not given.
+        asked_to_leave: called when the broker asks for a drain; where it is not given, the host drains itself.
     """
 
-    def __init__(self, worker: Worker, url: str, *, name: str = "", context: zmq.Context[Any] | None = None) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        url: str,
+        *,
+        name: str = "",
+        context: zmq.Context[Any] | None = None,
+        keys: str | os.PathLike[str] | None = None,
+        asked_to_leave: Callable[[], None] | None = None,
+    ) -> None:
         self.worker = worker
         self.kind = name or type(worker).__name__.lower()
         self._url = url
         self._context = context
+        self._keys = keys
         self._jobs: dict[Key, Job] = {}
         self._tasks: set[asyncio.Task[End | None]] = set()  # those that the broker has forgotten, too
         self._turns = 0
         self._closed = False
+        self._asked_to_leave = asked_to_leave
+        self._leaving: asyncio.Task[None] | None = None
         self._batcher = Batcher(worker) if worker.max_batch > 1 else None
         worker.host = self
 
@@ -97,7 +112,13 @@ class Host:
             span=self.worker.span,
         )
         self.link = Link(
-            self._url, hello, take=self._take, lost=self._forgotten, beat=self._beat, context=self._context
+            self._url,
+            hello,
+            take=self._take,
+            lost=self._forgotten,
+            beat=self._beat,
+            context=self._context,
+            keys=self._keys,
         )
         suffix = self.link.hello.nonce[:2].hex()
         self.link.hello = replace(self.link.hello, name=f"{self.kind}-{suffix}")
@@ -157,6 +178,11 @@ class Host:
                 job.task.cancel()
         elif isinstance(message, Credit) and key in self._jobs:
             self._jobs[key].grant(message.until)
+        elif isinstance(message, Bye):
+            if self._asked_to_leave is not None:
+                self._asked_to_leave()
+            elif self._leaving is None:
+                self._leaving = asyncio.get_running_loop().create_task(self.drain())
         else:
             self.worker.take(prefix, message)
 

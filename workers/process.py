@@ -29,9 +29,9 @@ def run(worker: Worker, url: str, *, name: str = "", wait: float = float("inf"))
 
 
 async def _run(worker: Worker, url: str, name: str, wait: float) -> None:
-    host = Host(worker, url, name=name)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
+    host = Host(worker, url, name=name, asked_to_leave=stop.set)
 
     def stopped() -> None:
         stop.set()

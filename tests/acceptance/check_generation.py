@@ -1,4 +1,4 @@
-"""Exactness, interval, lambda and mixing, with a process for each stage and a real index of the model's own states."""
+"""Exactness, seeds, interval, lambda and mixing, against transformers and a real index of the model's own states."""
 
 import asyncio
 import math
@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 import ralmq
 import torch
-from checkpoints import VOCAB, tiny
+from checkpoints import FAMILIES, VOCAB, tiny
 from checks import Line, check
 from ralmq.client.client import Client
 from ralmq.workers.index.datastore import build_datastore
 from ralmq.workers.index.sources import Document
 from serving import Process, broker, free_url, until, worker
 from stage.offline import Offline
-from stage.pipelines import MODEL, generated, prompts, scored
+from stage.pipelines import MODEL, Answered, cluster, generated, prompts, scored, stages
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-FAMILIES = ("gpt2", "llama", "qwen3")
+APART = ("gpt2", "llama", "qwen3")  # with a process for each stage; the others have a thread each
+CLOSE = 1e-3  # of all tokens, where the reference's two best are within MARGIN
 TOKENS, MARGIN, TEMPERATURE = 40, 1e-4, 200.0
 PROMPTS = prompts(8)
 TEXT = np.random.default_rng(2).integers(0, VOCAB, 250).tolist()
@@ -48,13 +49,17 @@ async def answers(folder: Path, path: Path, count: int) -> tuple[list[list[int]]
             return [answer.tokens for answer in (*batched, alone)], list(await scored(client, TEXT))
 
 
+def logits_of(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """transformers' logits [tokens, vocab] at the place of each token, given those before it."""
+    with torch.inference_mode():
+        return model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+
+
 def compared(model: PreTrainedModel, found: list[list[int]]) -> tuple[int, int]:
     """Tokens that are not transformers' best, given those before, and near ties, where either is right."""
     wrong = close = 0
     for prompt, tokens in zip([*PROMPTS, PROMPTS[0]], found, strict=True):
-        with torch.inference_mode():
-            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        best = logits.topk(2)
+        best = logits_of(model, prompt, tokens).topk(2)
         sure = best.values[:, 0] - best.values[:, 1] > MARGIN
         close += int((~sure).sum())
         wrong += int((best.indices[sure, 0] != torch.tensor(tokens)[sure]).sum())
@@ -63,7 +68,7 @@ def compared(model: PreTrainedModel, found: list[list[int]]) -> tuple[int, int]:
 
 @check
 async def exactness(folder: Path) -> AsyncIterator[Line]:
-    for family in FAMILIES:
+    for family in APART:
         path = tiny(family, folder / family)
         model = AutoModelForCausalLM.from_pretrained(path).float().eval()
         whole: list[np.ndarray] = []
@@ -81,6 +86,80 @@ async def exactness(folder: Path) -> AsyncIterator[Line]:
             )
             same = "same bits" if equal else "other bits"
             yield Line(f"{family}, {count} stages: states and log p of a text", "same bits as 1 stage", same, equal)
+
+
+async def every_way(path: Path, count: int) -> tuple[list[tuple[list[int], Answered]], int, int]:
+    """Prompts and greedy answers of a pipeline: batched with 7 others, prompts in chunks of 16, the prefix cache cold
+    and hot, alone, and with KV blocks for a part of them; then tokens reused, and how often blocks were given back."""
+    task = {"max_tokens": TOKENS, "logprobs": True}
+    found: list[tuple[list[int], Answered]] = []
+    members = stages(path, count, chunk=16)
+    async with cluster(*members) as running:
+        for _ in ("cold", "hot"):
+            answered = await asyncio.gather(*[generated(running.client, prompt, **task) for prompt in PROMPTS])
+            found += zip(PROMPTS, answered, strict=True)
+        found.append((PROMPTS[1], await generated(running.client, PROMPTS[1], **task)))
+        leader = members[0]._leader
+        assert leader is not None
+        reused = leader.memory.reused
+    tight = stages(path, count, max_rows=2)  # KV blocks for two whole contexts
+    async with cluster(*tight) as running:
+        longer = [generated(running.client, prompt, **{**task, "max_tokens": 2 * TOKENS}) for prompt in PROMPTS]
+        found += zip(PROMPTS, await asyncio.gather(*longer), strict=True)
+        leader = tight[0]._leader
+        assert leader is not None
+        return found, reused, leader.preempted
+
+
+@check
+async def every_family(folder: Path) -> AsyncIterator[Line]:
+    total = all_close = 0
+    for family in FAMILIES:
+        path = tiny(family, folder / family)
+        model = AutoModelForCausalLM.from_pretrained(path).float().eval()
+        wrong = close = made = 0
+        worst, reused, preempted = 0.0, [], []
+        for count in (1, 2, 3, 4):
+            found, again, anew = await every_way(path, count)
+            reused.append(again)
+            preempted.append(anew)
+            for prompt, answer in found:
+                logits, tokens = logits_of(model, prompt, answer.tokens), torch.tensor(answer.tokens)
+                best = logits.topk(2)
+                sure = best.values[:, 0] - best.values[:, 1] > MARGIN
+                wrong += int((best.indices[sure, 0] != tokens[sure]).sum())
+                close += int((~sure).sum())
+                made += len(tokens)
+                log_p = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+                worst = max(worst, float((log_p - torch.tensor(answer.logprobs)).abs().max()))
+        total, all_close = total + made, all_close + close
+        what = f"{family}, 1 to 4 stages, alone, batched, in chunks, cache cold and hot, preempted"
+        wanted = 4 * (17 + 16) * TOKENS
+        shown = f"{wrong} of {made}; near ties {close}"
+        yield Line(
+            f"{what}: greedy tokens that are not transformers'", f"0 of {wanted}", shown, not wrong and made == wanted
+        )
+        shown = f"{worst:.1e}; tokens reused {reused}, preempted {preempted}"
+        good = worst < 1e-4 and min(reused) > 0 and min(preempted) > 0
+        yield Line(f"{family}, the same: largest error of a logprob", "< 1e-4, with reuse and preemption", shown, good)
+    yield Line("near ties in all", f"< {CLOSE:.1%} of {total}", f"{all_close}", all_close < CLOSE * total)
+
+
+@check
+async def seeds(folder: Path) -> AsyncIterator[Line]:
+    """One sequence at a time, on 1 and 3 stages, a process each."""
+    path = tiny("llama", folder / "llama")
+    found = []
+    for count in (1, 3):
+        with ExitStack() as stack:
+            async with ralmq.connect(started(stack, folder, path, count), wait=30) as client:
+                await client.request(
+                    f"lm:{MODEL}", {"max_tokens": 1}, tensors=[np.array([5], np.int32)], wait_service=60
+                )
+                task = {"max_tokens": TOKENS, "temperature": 1.0, "top_p": 0.95}
+                found.append([(await generated(client, PROMPTS[n], seed=n % 4, **task)).tokens for n in range(8)])
+    same = sum(a == b for a, b in zip(*found, strict=True))
+    yield Line("sampled with the same seed on 1 and 3 stages: equal", "8 of 8", f"{same}", same == 8)
 
 
 async def with_index(stack: ExitStack, folder: Path, client: Client, url: str) -> Path:

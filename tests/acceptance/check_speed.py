@@ -1,5 +1,6 @@
 """Real compute, GPT-2 124M with random weights, stages of one thread: batching, pipelining, and the systems before."""
 
+import asyncio
 import os
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -14,7 +15,7 @@ from ralmq.demo.texts import Shares, numpy_texts
 from ralmq.workers.engine.config import read_config
 from ralmq.workers.models import resolve
 from stage.pipelines import scored
-from timing import Run, gpt2, other, ours, prompts, ratio, spread, together
+from timing import Other, Run, gpt2, other, ours, prompts, ratio, spread, together
 from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
@@ -39,6 +40,13 @@ async def rounds(jobs: dict[str, Callable[[], Awaitable[Run]]], value: Callable[
     return found
 
 
+async def ceiling(one: Other, two: Other) -> float:
+    """How much more two processes read at once than one: a token of one row reads every weight once."""
+    alone = await one.run([[0]], 24)
+    both = await asyncio.gather(one.run([[0]], 24), two.run([[0]], 24))
+    return sum(run.rate for run in both) / alone.rate
+
+
 @check
 async def pipelining_and_batching(folder: Path) -> AsyncIterator[Line]:
     path, asked = gpt2(), prompts(16)
@@ -47,6 +55,8 @@ async def pipelining_and_batching(folder: Path) -> AsyncIterator[Line]:
         "unbatched": ours(folder, path, max_rows=1),
         "one": other("one_process.py", path, "1"),
         "two": other("one_process.py", path, "2", threads=2),
+        "read": other("read_memory.py"),
+        "read too": other("read_memory.py"),
     }
     async with together(**systems) as up:
         jobs = {
@@ -58,6 +68,7 @@ async def pipelining_and_batching(folder: Path) -> AsyncIterator[Line]:
             "unbatched, 16": lambda: up["unbatched"].run(asked, 11),
         }
         found = await rounds(jobs, lambda run: run.rate)
+        memory = [await ceiling(up["read"], up["read too"]) for _ in range(ROUNDS)]
     rates = {name: median(values) for name, values in found.items()}
     for what, bound, name, against in (
         ("two sequences in flight, of one", 1.75, "2", "1"),
@@ -68,8 +79,12 @@ async def pipelining_and_batching(folder: Path) -> AsyncIterator[Line]:
         yield at_least(f"2 stages: tokens/s, {what}", bound, found[name], found[against])
     target = ratio(found["16"], found["one process of two threads, 16"])
     yield Line("the same against one process with two threads", "(>= 1.00)", f"{target:.2f}", target >= 1, (), False)
+    what = "what bounds it: bytes/s that two processes read from memory at once, of one alone"
+    yield Line(what, "printed", f"{median(memory):.2f} ({min(memory):.2f} to {max(memory):.2f})", True)
     shown = ", ".join(f"{name}: {rate:.1f}" for name, rate in rates.items())
-    bars = tuple(Point("tokens/s", name, "GPT-2 124M, fp32", rate) for name, rate in rates.items())
+    bars = tuple(
+        Point("Tokens per second, GPT-2 124M in fp32, 2 stages", name, "tokens/s", rate) for name, rate in rates.items()
+    )
     yield Line("tokens/s", "printed", shown, True, bars)
 
 
@@ -104,7 +119,7 @@ async def against_the_systems_before(folder: Path) -> AsyncIterator[Line]:
         ("an rpc pipeline with a cache: 1 sequence, 32 tokens", 0.95, "cache 1 x 32", "ours 1 x 32"),
         ("the same, 2 sequences one after the other", 1.7, "cache in turn 2 x 32", "ours 2 x 32"),
     ):
-        bar = Point("times as fast as", what, "ralmq, 2 stages", ratio(found[system], found[name]))
+        bar = Point("Times as fast as", what, "ralmq, 2 stages", ratio(found[system], found[name]))
         yield at_least(f"speed, against {what}", bound, found[system], found[name], bar)
     step = spread(found["cache 2 x 32"], found["ours 2 x 32"])
     yield Line("speed, against the same, 2 sequences at once, in step", "printed", step, True)
@@ -160,7 +175,7 @@ async def int8(folder: Path) -> AsyncIterator[Line]:
     for count, bound in ((1, 2.2), (16, 2.7)):
         fast = found[f"int8, {count}"]
         bars = tuple(
-            Point("int8 and fp32, tokens/s", f"{count} at a time", kind, median(found[f"{kind}, {count}"]))
+            Point("Tokens per second, int8 and fp32", f"{count} at a time", kind, median(found[f"{kind}, {count}"]))
             for kind in kinds
         )
         for kind in ("fp32", "fp32, packed=false"):

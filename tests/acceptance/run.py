@@ -1,6 +1,7 @@
 """Runs the acceptance checks and prints bound, measured, ok: `python tests/acceptance/run.py [NAME ...]`.
 
-They time things on this machine and want it for themselves, so CI does not run them. Exit 1 where a bound is missed.
+What they find goes into docs/performance.md, in place of what the same checks found before. They time things on this
+machine and want it for themselves, so CI does not run them. Exit 1 where a bound is missed.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from checks import CHECKS, Line  # noqa: E402
+from performance import keep_checks  # noqa: E402
 
 
 async def lines_of(name: str) -> list[Line]:
@@ -46,8 +48,9 @@ def main() -> int:
     for name in names:
         with console.status(name):
             lines = asyncio.run(lines_of(name))
+        keep_checks({name: lines})
         for line in lines:
-            good &= line.ok
+            good &= line.ok or not line.required
             table.add_row(name, line.what, line.bound, line.measured, "[green]yes" if line.ok else "[red]NO")
     console.print(table)
     return 0 if good else 1

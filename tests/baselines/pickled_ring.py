@@ -13,7 +13,7 @@ import threading
 from typing import Any
 
 import torch
-from gpt2_parts import HEAVY, LIGHT, Part
+from gpt2_parts import WHOLE, Part
 from talk import Took, beside, end_with_stdin, free_port, serve
 
 
@@ -37,7 +37,7 @@ class Wire:
 
 
 def second(path: str, port: int) -> None:
-    part = Part(path, LIGHT, LIGHT + HEAVY, embeds=False, ends=False)
+    part = Part(path, 12 - WHOLE, 12, embeds=False, ends=False)
     with socket.create_connection(("127.0.0.1", port)) as connection:
         wire = Wire(connection)
         while True:
@@ -46,7 +46,7 @@ def second(path: str, port: int) -> None:
 
 
 def first(path: str) -> None:
-    part = Part(path, 0, LIGHT, embeds=True, ends=True)
+    part = Part(path, 0, 12 - WHOLE, embeds=True, ends=True)
     port = free_port()
     with socket.create_server(("127.0.0.1", port)) as server, beside([path, str(port)]):
         connection, _ = server.accept()

@@ -13,7 +13,7 @@ import threading
 from typing import Any
 
 import torch
-from gpt2_parts import HEAVY, LIGHT, Part
+from gpt2_parts import CACHED, WHOLE, Part
 from talk import Took, beside, end_with_stdin, free_port, serve
 from torch.distributed import rpc
 
@@ -21,10 +21,9 @@ from torch.distributed import rpc
 class Remote:
     """One worker's layers. The last one answers with the next token."""
 
-    def __init__(self, path: str, place: int) -> None:
+    def __init__(self, path: str, place: int, first: int, last: int) -> None:
         self._last = place == 1
-        cut = (HEAVY, HEAVY + LIGHT) if self._last else (0, HEAVY)
-        self._part = Part(path, *cut, embeds=not self._last, ends=self._last)
+        self._part = Part(path, first, last, embeds=not self._last, ends=self._last)
         self._lock = threading.Lock()
 
     def forward(self, given: Any, cache: int | None) -> Any:
@@ -38,7 +37,9 @@ class Remote:
 
 
 def master(path: str, cached: bool) -> None:
-    parts = [rpc.remote(f"worker{place}", Remote, args=(path, place)) for place in range(2)]
+    cut = CACHED if cached else WHOLE
+    spans = ((0, cut), (cut, 12))
+    parts = [rpc.remote(f"worker{place}", Remote, args=(path, place, *span)) for place, span in enumerate(spans)]
 
     def step(number: int, ids: list[int]) -> Any:
         key = number if cached else None

@@ -204,7 +204,7 @@ def test_without_any_stage_a_model_is_an_unknown_service(broker: Broker) -> None
 def test_a_pipeline_of_idempotent_stages_has_its_requests_repeated(broker: Broker) -> None:
     pair(broker, idempotent=True)
     broker.hello("index", "search:docs")
-    broker.stage("t0", 0, 2)
+    broker.stage("t0", 0, 2, idempotent=True)
     broker.ask("client", "lm:m", "a")
     broker.ask("s1", "search:docs", "knn", parent="a")
     sent = broker.lost("s0")
@@ -266,7 +266,7 @@ def test_the_stage_that_hangs_is_found_and_not_those_that_wait_for_it(broker: Br
         if second < 2:
             broker.say("s1", Beat(second, 0))  # then it stands still, with nothing in hand that it said
         sent += [out for _, out in broker.wait(0.5)]
-        broker.say("s0", Beat(min(second, 1), 1))  # waits for it from then on
+        broker.busy("s0", min(second, 1), ("a", 0))  # waits for it from then on
         sent += [out for _, out in broker.wait(0.5)]
         if sent:
             break

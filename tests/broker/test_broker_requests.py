@@ -6,8 +6,9 @@ import msgpack
 import numpy as np
 import pytest
 from broker_driver import EPOCH, Broker, codes, ident, only, shown
-from ralmq.broker.requests import REMEMBERED
+from ralmq.broker.limits import RECORD
 from ralmq.broker.services import BUSY_CEILING
+from ralmq.broker.transitions import REMEMBERED
 from ralmq.schema.codec import encode
 from ralmq.schema.frame import LENGTHS
 from ralmq.schema.limits import HEAD, MAX_ATTEMPT
@@ -133,7 +134,7 @@ def test_the_time_to_ask_again_follows_the_rate_of_the_service() -> None:
 
 
 def test_bytes_of_waiting_requests_are_bounded_for_a_peer_and_for_all() -> None:
-    broker = Broker(peer_bytes=3000, queue_bytes=6000)
+    broker = Broker(peer_bytes=3000 + 2 * RECORD, queue_bytes=6000 + 2 * RECORD)
     for peer in ("a", "b", "c"):
         broker.hello(peer)
     broker.hello("w", "echo")
@@ -144,9 +145,11 @@ def test_bytes_of_waiting_requests_are_bounded_for_a_peer_and_for_all() -> None:
     assert broker.ask("b", "echo", "b1", body={"x": "y" * 3500}) == [], "a single larger one passes"
     assert codes(broker.ask("c", "echo", "c1", **big)) == ["busy"], "the budget of all services together"
     broker.end("w", "r0")
-    assert broker.core.status(broker.now)["broker"]["queued_bytes"] < 4000
+    assert broker.core.status(broker.now)["broker"]["queued_bytes"] < 4000 + RECORD
     assert broker.ask("c", "echo", "c1", **big) == []
     broker.say("b", Cancel(), "b1")
+    assert codes(broker.ask("a", "echo", "a2", **big)) == ["busy"], "what is kept for another worker counts, too"
+    broker.end("w", "a1")
     assert broker.ask("a", "echo", "a2", **big) == []
 
 
@@ -220,6 +223,7 @@ def test_no_leg_of_a_request_is_given_out_twice(broker: Broker) -> None:
     broker.hello("w2", "echo", capacity=3)
     assert shown(broker.lost("w1")) == [("w2", "Request", "a", 1)]
     broker.say("client", Cancel(), "a")
+    broker.say("w2", Error("cancelled"), "a", attempt=1)
     assert shown(broker.ask("client", "echo", "a", attempt=1)) == [("w2", "Request", "a", 2)]
     assert broker.end("w2", "a", attempt=1) == [], "the acknowledgement of the cancelled leg is no answer"
     back = only(broker.end("w2", "a", attempt=2))

@@ -87,8 +87,12 @@ def test_the_worker_is_told_what_is_left_of_the_deadline(broker: Broker) -> None
     assert broker.end("w", "a")[1].prefix.deadline == pytest.approx(1500, abs=1)
     assert broker.end("w", "b")[1].prefix.deadline == 0, "none"
     broker.ask("client", "echo", "d", deadline=0.1)
+    broker.ask("client", "echo", "e", deadline=0.3)
     broker.now += 0.2  # the tick has not come yet
-    assert broker.end("w", "c")[1].prefix.deadline == 1
+    sent = broker.end("w", "c")
+    assert shown(sent)[1:] == [("client", "Error", "d", 0), ("w", "Request", "e", 0)]
+    assert sent[1].message.code == "deadline" and "no worker of echo was free" in sent[1].message.message
+    assert sent[2].prefix.deadline == pytest.approx(100, abs=1) and broker.count("expired") == 1
 
 
 def test_an_unknown_service_is_refused_at_once(broker: Broker) -> None:

@@ -13,6 +13,7 @@ from ralmq.workers.engine.config import read_config
 from ralmq.workers.engine.families import Loader
 from ralmq.workers.engine.model import Rope
 from ralmq.workers.engine.span import Row, Span
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -220,3 +221,19 @@ def test_gemma_scales_embeddings_as_rounded_to_the_weights(tmp_path: Path) -> No
     span._blocks[0].attention_norm = lambda x: (seen.append(x), norm(x))[1]  # type: ignore[func-returns-value]
     span.forward([Row(0, 6, [0])], ids)
     assert torch.equal(seen[0], model.model.embed_tokens(ids))
+
+
+def test_nanogpt_has_no_biases(tmp_path: Path) -> None:
+    """A checkpoint in GPT-2's names whose config says bias = false, as nanoGPT is trained by default."""
+    model, ids = tiny_model("gpt2", 3), random_ids(40)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if not name.endswith("bias")}, file)
+    edit(tmp_path, bias=False)
+    span = Span.load(tmp_path, 0, 3, blocks=3)
+    logits = span.head(span.forward([Row(0, 40, [2, 0, 1])], ids))
+    assert (logits - reference(model, ids)).abs().max() < 1e-4

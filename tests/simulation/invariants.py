@@ -3,6 +3,7 @@
 from collections import Counter
 
 from ralmq.broker.core import Core
+from ralmq.broker.limits import RECORD
 from ralmq.broker.pipelines import Pipelines
 from ralmq.broker.records import Peer, Record, State
 from ralmq.broker.requests import serves
@@ -52,9 +53,10 @@ def quiescent(core: Core) -> None:
     holds(not requests.open, f"{len(requests.open)} requests never ended")
     holds(not requests.queued_bytes, f"{requests.queued_bytes} queued bytes were left")
     for peer in core.roster.peers.values():
-        held = (peer.load, len(peer.serving), len(peer.ending), len(peer.asked), peer.queued_bytes)
+        held = (peer.load, len(peer.serving), len(peer.ending), len(peer.asked), peer.held)
         holds(held == (0, 0, 0, 0, 0), f"{peer.name} kept load, serving, ending, asked, bytes = {held}")
     for service in requests.services.values():
+        holds(service.kept is None, f"{service.name} keeps a worker for nothing")
         holds(bool(service.offers), f"the name {service.name} was kept, but nobody offers it")
 
 
@@ -89,6 +91,16 @@ def _peer(core: Core, peer: Peer) -> None:
     count = len(peer.serving) + len(peer.ending)
     holds(peer.load == count, "its load is not the number of requests that spend its credit", peer)
     holds(peer.load <= peer.hello.capacity, "more requests than its capacity", peer)
+    suspects = [record for record in peer.serving.values() if record.losses]
+    holds(peer.alone <= (count == 1), "has a suspect, and something beside it", peer)
+    holds(not suspects or (peer.alone and count == 1), "has a suspect beside something else", peer)
+    keepers = [service for service in core.requests.services.values() if service.kept is peer]
+    holds(peer.kept == len(keepers), "is kept by other services than it counts", peer)
+    holds(all(service.suspects for service in keepers), "is kept for no suspect", peer)
+    right = 1 if peer.alone else 0 if peer.kept else peer.hello.capacity
+    holds(peer.capacity == right, f"takes {peer.capacity}, expected {right}", peer)
+    bytes_held = sum(record.size for record in peer.asked.values())
+    holds(peer.held == bytes_held, f"is charged with {peer.held} bytes, {bytes_held} are held", peer)
     for identity, record in peer.serving.items():
         holds(core.requests.open.get(identity) is record and record.worker is peer, "serves a stray", peer)
     for (identity, leg), ended in peer.ending.items():
@@ -130,22 +142,25 @@ def _queues(core: Core) -> None:
     for service in requests.services.values():
         records = service.queue.records()
         holds(service.queue.count == len(records), f"{service.name}: {service.queue.count} counted in the queue")
-        bound = core.limits.queue + requests.counts["requeued"]
-        holds(len(records) <= bound, f"{service.name}: {len(records)} wait, more than the bound")
-        free = [worker.name for worker in service.workers if worker.load < worker.hello.capacity]
+        fresh = sum(not record.attempt for record in records)
+        holds(fresh <= core.limits.queue, f"{service.name}: {fresh} wait, more than the bound")
+        free = [worker.name for worker in service.workers if worker.load < worker.capacity]
         holds(not records or not free, f"{service.name}: requests wait while {free} have credit")
+        idle = [worker.name for worker in service.workers if not worker.load]
+        holds(not service.suspects or not idle, f"{service.name}: suspects wait while {idle} are idle")
+        holds(all(record.losses for record in service.suspects.values()), f"{service.name}: a suspect without a loss")
+        waits = service.suspects and service.workers
+        holds(not waits or service.kept in service.workers, f"{service.name}: no worker is kept for its suspects")
+        records = service.records()
         for worker in service.workers:
             holds(core.roster.peers.get(worker.key) is worker, f"{service.name} offers {worker.name}, which is gone")
         waiting += records
     queued = {record.id for record in requests.open.values() if record.state is State.QUEUED}
     holds(len(waiting) == len(queued) and {record.id for record in waiting} == queued, "queues and states differ")
-    sizes = Counter[bytes]()
-    for record in waiting:
-        holds(record.size == sum(map(len, record.frames)), "a queued request lost its frames")
-        sizes[record.asker.key] += record.size
-    holds(requests.queued_bytes == sum(sizes.values()), f"{requests.queued_bytes} bytes counted in the queues")
-    for peer in core.roster.peers.values():
-        holds(peer.queued_bytes == sizes.get(peer.key, 0), "counts other bytes in the queues than there are", peer)
+    for record in requests.open.values():
+        holds(record.size == RECORD + sum(map(len, record.frames)), "is charged with another size", record)
+    in_queues = sum(record.size for record in waiting)
+    holds(requests.queued_bytes == in_queues, f"{requests.queued_bytes} bytes counted in the queues")
 
 
 def _pipelines(pipelines: Pipelines) -> None:

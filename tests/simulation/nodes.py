@@ -46,6 +46,7 @@ class Ask:
     received: int = 0
     granted: int = WINDOW
     ended: str = ""
+    poison: bool = False
     then: Callable[[str], None] | None = None
 
 
@@ -76,16 +77,17 @@ class Link:
         parts: int = 0,
         deadline: float = 0.0,
         size: int = 0,
+        poison: bool = False,
         then: Callable[[str], None] | None = None,
         **routing: Any,
     ) -> Ask:
         """Asks a service for an answer of some parts; the mark in the body must come back with each."""
         rng = self.world.rng
         mark = rng.getrandbits(48)
-        body = {"mark": mark, "parts": parts, "service": service, "padding": "x" * size}
+        body = {"mark": mark, "parts": parts, "service": service, "padding": "x" * size, "poison": poison}
         request = Request(service, window=WINDOW if parts else 0, body=body, **routing)
         until = self.world.now + deadline if deadline else 0.0
-        ask = Ask(rng.randbytes(16), service, [], mark, parts, until, then=then)
+        ask = Ask(rng.randbytes(16), service, [], mark, parts, until, poison=poison, then=then)
         ask.frames = encode(request, id=ask.id)
         self.asked[ask.id] = ask
         self._resend(ask)
@@ -212,6 +214,11 @@ class Worker(Link):
     def drain(self) -> None:
         self.send(Bye())
 
+    def drop(self) -> None:
+        """Forgets a request without a word, as no worker should."""
+        if self.jobs:
+            self.jobs.pop(self.world.rng.choice(list(self.jobs)))
+
     def void(self, anew: bool) -> None:
         self.hangs = False
         if anew:
@@ -270,7 +277,9 @@ class Worker(Link):
         if self.hangs:
             self.world.later(self, 0.5, lambda: self._work(key, job))
             return
-        if job.sent == job.body["parts"]:
+        if job.body["poison"]:
+            self.world.doom(self)
+        elif job.sent == job.body["parts"]:
             del self.jobs[key]
             if self.world.rng.random() < 0.03:
                 self.send(Error("worker_failed", "it could not"), *key)
@@ -287,8 +296,9 @@ class Worker(Link):
 class Client(Link):
     """Asks at random, gives up at random."""
 
-    def __init__(self, world: World, name: str, pace: float) -> None:
+    def __init__(self, world: World, name: str, pace: float, poison: float) -> None:
         self.pace = pace
+        self.poison = poison  # share of the requests for echo that end their worker
         self.active = True
         super().__init__(world, name)
         world.later(self, world.rng.uniform(0, pace), self._go)
@@ -315,7 +325,9 @@ class Client(Link):
             self._ask_status()
             return
         wait = rng.choice([0, 0, 700])
-        ask = self.ask(service, parts=parts, deadline=deadline, size=size, priority=rng.randrange(10), wait_ms=wait)
+        poison = service == "echo" and rng.random() < self.poison
+        routing = {"priority": rng.randrange(10), "wait_ms": wait}
+        ask = self.ask(service, parts=parts, deadline=deadline, size=size, poison=poison, **routing)
         if rng.random() < 0.1:
             self.world.later(self, rng.choice([0.0, 0.1, 1.0]), lambda: self._cancel(ask))
 

@@ -23,7 +23,8 @@ class Live:
     attempt: int
     deadline: float
     service: str
-    given: int = 0  # to how many workers
+    given: bool = False  # to a worker, under this attempt
+    lost: int = 0  # workers that were lost with it in hand, not counting the one that has it now
 
 
 class Oracle:
@@ -38,6 +39,7 @@ class Oracle:
         self.legs: dict[Leg, bytes] = {}  # each leg that was ever given to a worker, in this epoch
         self.member: dict[bytes, bytes] = {}  # stage -> pipeline, as told by FORM
         self.pipes: dict[bytes, list[bytes]] = {}  # pipeline -> its stages, the leader first
+        self.suspects: set[Leg] = set()  # legs of requests whose worker was lost before
         self.executed: dict[bytes, str] = {}  # requests of services that are not idempotent
         self.tally: dict[str, int] = {}
 
@@ -46,7 +48,7 @@ class Oracle:
     def restarted(self) -> None:
         """The broker forgot everything; what workers executed stays so."""
         self.fresh = None
-        for table in (self.live, self.attempts, self.held, self.legs, self.member, self.pipes):
+        for table in (self.live, self.attempts, self.held, self.legs, self.suspects, self.member, self.pipes):
             table.clear()
 
     def arrives(self, core: Core, now: float, key: bytes, prefix: Prefix, frames: list[Any]) -> None:
@@ -74,6 +76,8 @@ class Oracle:
             elif prefix.kind == Kind.GONE and prefix.id in self.pipes:
                 holds(self.member.pop(key, None) == prefix.id, "GONE for a stage of no pipeline, or twice")
                 self.held.pop(key, None)
+            elif prefix.kind == Kind.GONE:
+                self.held.get(key, {}).pop((prefix.id, prefix.attempt), None)
             elif prefix.kind == Kind.STEP:
                 holds(key in self.pipes.get(prefix.id, ()), "a STEP went to a stage of another pipeline")
         self.fresh = None
@@ -93,15 +97,16 @@ class Oracle:
 
     def _requested(self, core: Core, now: float, asker: Peer, prefix: Prefix, frames: list[Any]) -> None:
         live = self.live.get(prefix.id)
+        lost = 0
         if live is not None and prefix.attempt > live.attempt:
             self.attempts[prefix.id] = live.attempt
-            live = None
+            live, lost = None, live.lost
         if live is None and prefix.attempt > self.attempts.get(prefix.id, -1):
             deadline = now + prefix.deadline / 1000 if prefix.deadline else float("inf")
             service, _, _, parent, *_ = routing_of(frames[0])
             if parent in self.live:
                 deadline = min(deadline, self.live[parent].deadline)
-            self.live[prefix.id] = Live(asker, prefix.attempt, deadline, service)
+            self.live[prefix.id] = Live(asker, prefix.attempt, deadline, service, lost=lost)
             self.fresh = (prefix.id, prefix.attempt)
 
     def _answered(self, now: float, key: bytes, prefix: Prefix, frames: list[Any]) -> None:
@@ -113,8 +118,9 @@ class Oracle:
         holds(live.attempt == prefix.attempt, f"{name} was answered, attempt {live.attempt} is under way")
         del self.live[prefix.id]
         code = decode(frames)[1].code if prefix.kind == Kind.ERROR else "final"
-        spent = live.given == self.tries or live.service != "echo" or code != "worker_lost"
-        holds(spent, "could have been given to another worker", prefix.id)
+        holds(live.service != "echo" or code != "worker_lost", "could have been given to another worker", prefix.id)
+        condemned = live.given and live.lost + 1 == self.tries
+        holds(code != "poisoned" or condemned, f"was given up after {live.lost} losses", prefix.id)
         holds(code != "deadline" or now >= live.deadline - 1e-6, "was ended before its deadline", prefix.id)
         self.tally[code] = self.tally.get(code, 0) + 1
         if self.fresh != (prefix.id, prefix.attempt) or code not in AT_THE_DOOR:
@@ -127,13 +133,18 @@ class Oracle:
         holds(prefix.id in self.live, f"{name} was given out, and nobody waits for it")
         self.legs[leg] = key
         live = self.live[prefix.id]
-        live.given += 1
-        holds(live.given <= core.limits.tries, "was given to more workers than is allowed", prefix.id)
+        live.lost += live.given
+        live.given = True
+        holds(live.lost < self.tries, "was given to more workers than is allowed", prefix.id)
         self.held.setdefault(key, {})[leg] = None
         peer = core.roster.peers.get(key)
         if peer is not None:
             holds(not peer.draining, f"{name} was given to {peer.name}, which drains")
             count = len(self.held[key])
+            if live.lost:
+                self.suspects.add(leg)
+            alone = count == 1 or not any(held in self.suspects for held in self.held[key])
+            holds(alone, f"{name}: a suspect shares {peer.name} with another request")
             holds(count <= peer.hello.capacity, f"{peer.name} holds {count} requests, capacity {peer.hello.capacity}")
 
     def _formed(self, key: bytes, prefix: Prefix, place: int) -> None:

@@ -11,6 +11,7 @@ from simulation.stages import Stage
 from simulation.world import SMALL, World
 
 FAULTS = ("kill", "stop", "cut", "delay", "hang", "drain", "refuse", "broker", "leave", "forge")
+FAULTS += ("poison", "drop", "full")
 CHAOS = 4.0  # seconds in which requests are made and faults happen
 PATIENCE = 30.0  # seconds after which what has not ended never will
 SPANS = {
@@ -36,6 +37,11 @@ class Scenario:
         self.world = World(seed, duplicate=[0.0, 0.0, 0.02, 0.2][seed % 4], trace=trace)
         rng = self.rng = self.world.rng
         self.faults = [fault for fault in FAULTS if rng.random() < 0.5] if seed % 10 else []
+        if seed % 10 == 5:
+            self.faults = ["poison"]  # alone: nobody else may be given up
+        self.poison = 0.02 if "poison" in self.faults else 0.0
+        self.guilty_only = self.faults == ["poison"]
+        self.world.doom = self._replace  # type: ignore[assignment]
         self.pause = rng.choice([0.05, 0.2, 0.6])  # seconds between two faults, on average
         self.count = 0
         self.result = Result()
@@ -74,8 +80,16 @@ class Scenario:
         for client in self.clients:
             for ask in client.asked.values():
                 holds(bool(ask.ended), f"{client.name}: {ask.service} {ask.id.hex()[:6]} never ended")
+                if self.guilty_only:
+                    right = ask.poison if ask.ended == "poisoned" else not (ask.poison and ask.ended == "final")
+                    holds(right, f"{client.name}: {ask.service} {ask.id.hex()[:6]} ended {ask.ended}")
         world.run(world.now + 2 * SMALL.grace)
         quiescent(world.core)
+        for worker in self.workers:
+            holds(not worker.jobs, f"{worker.name} still has {len(worker.jobs)} requests in hand")
+        for stage in self.stages:
+            left = len(stage.sequences), len(stage.rows), len(stage.parked)
+            holds(left == (0, 0, 0), f"{stage.name} still has sequences, rows, parked rows: {left}")
         self._collect(world.core)
         self.result.steps = world.steps
         self.result.ended = world.oracle.tally
@@ -87,7 +101,7 @@ class Scenario:
 
     def _client(self) -> Client:
         self.count += 1
-        return Client(self.world, f"client-{self.count}", self.rng.choice([0.1, 0.2, 0.5]))
+        return Client(self.world, f"client-{self.count}", self.rng.choice([0.1, 0.2, 0.5]), self.poison)
 
     def _worker(self, service: str, capacity: int, idempotent: bool) -> Worker:
         self.count += 1
@@ -134,6 +148,13 @@ class Scenario:
             world.log(f"drain {node.name}")
             node.drain()
             world.later(node, 3.0, lambda: self._replace(node))
+        elif fault == "drop" and isinstance(node, Worker):
+            world.log(f"drop at {node.name}")
+            node.drop()
+        elif fault == "full":
+            world.log("memory is full")
+            world.core.measured(2000)
+            world.after(rng.choice([0.1, 1.0]), lambda: world.core.measured(0))
         elif fault == "forge" and servers:
             self._forge(rng.choice(servers))
         elif fault in ("leave", "kill") and isinstance(node, Client) and len(self.clients) > 1:

@@ -35,4 +35,6 @@ def test_the_runs_meet_what_can_go_wrong() -> None:
         assert ended[how] > 100, (how, ended)
     for what in ("abandoned", "duplicates", "fenced", "lost_peers", "requeued", "Bye", "Cancel", "Credit", "Step"):
         assert counts[what] > 50, (what, counts)
+    for what in ("expired", "poisoned", "unlisted"):
+        assert counts[what] > 5, (what, counts)
     assert ended["final"] > sum(ended.values()) / 4

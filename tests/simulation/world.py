@@ -16,7 +16,7 @@ from simulation.oracle import Oracle
 
 Frames = list[Any]
 TICK = 0.01
-SMALL = Limits(queue=6, queue_bytes=40_000, peer_bytes=12_000, tries=3, beat=0.5)
+SMALL = Limits(queue=6, queue_bytes=90_000, peer_bytes=40_000, tries=3, beat=0.5, memory=1000)
 
 
 class Node(Protocol):
@@ -70,6 +70,7 @@ class World:
         self.duplicate = duplicate
         self.oracle = Oracle(SMALL.tries)
         self.trace = trace
+        self.doom: Callable[[Node], None] = self.kill  # what a poisoned request does to its worker
         self.ports: dict[Node, Port] = {}
         self.steps = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []

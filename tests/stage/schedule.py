@@ -10,8 +10,8 @@ from typing import Any
 
 from ralmq.schema.message import Active, Return, Row
 from ralmq.workers.engine.pool import BLOCK
-from ralmq.workers.stage.batch import Batch, Key, Phase, Sequence
-from ralmq.workers.stage.leader import SCORED, Leader
+from ralmq.workers.stage.batch import SCORED, Batch, Key, Phase, Sequence
+from ralmq.workers.stage.leader import Leader
 
 
 @dataclass(eq=False)
@@ -35,6 +35,7 @@ class Known:
     wants: int
     scored: bool
     made: int = 0
+    scored_to: int = 0
     parked: bool = False
 
 
@@ -46,7 +47,8 @@ class Pipe:
         failures: chance that a stage fails with a micro-batch.
         order: keys in the order of their first rows.
         parks: chance that a row waits for neighbours.
-        batches: of each micro-batch, how many next tokens and how many tokens of prompts; `riders` are its sequences.
+        batches: of each micro-batch, how many next tokens and how many tokens of prompts.
+        riders: its sequences; `starts`: how many of them are new.
         computed: tokens that went through the stages, of each sequence.
     """
 
@@ -61,6 +63,7 @@ class Pipe:
     order: list[Key] = field(default_factory=list)
     batches: list[tuple[int, int]] = field(default_factory=list)
     riders: list[list[Key]] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
     computed: Counter[Key] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -213,8 +216,10 @@ class Pipe:
                 returns.append(Return(*key, -1, True))
                 continue
             asked = self.asked[key]
-            if known.scored:
+            end = row.position + row.length
+            if known.scored and end > known.scored_to:  # what was sent before is not sent again
                 asked.has += 1
+                known.scored_to = end
                 assert row.length <= SCORED and (not asked.takes or asked.has <= asked.takes), "more than is taken"
             if row.position + row.length == known.total:
                 if not known.scored and self.random.random() < self.parks:
@@ -284,4 +289,5 @@ class Pipe:
         assert prompts <= self.chunk
         self.batches.append((tokens, prompts))
         self.riders.append(keys)
+        self.starts.append(len(batch.starts))
         self.order += [keys[start.row] for start in batch.starts]

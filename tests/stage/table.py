@@ -7,6 +7,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import msgpack
 import numpy as np
 import torch
 from ralmq.schema.message import Final, Partial, Return, Row
@@ -42,7 +43,7 @@ def key_of(number: int) -> Key:
 
 def start(last: Last, number: int, length: int, /, metric: str = "l2", **task: Any) -> Key:
     body = Task(**{"ignore_eos": True, **task})
-    params = {"task": body.model_dump(exclude_defaults=True), "limit": body.max_tokens, "metric": metric}
+    params = {"task": msgpack.packb(body.model_dump(exclude_defaults=True)), "limit": body.max_tokens, "metric": metric}
     last.start(key_of(number), np.arange(length, dtype=np.int32) % VOCAB, params)
     return key_of(number)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ralmq.schema.message import Error, Partial, Return, Row
 from ralmq.workers.params import Retrieval
-from ralmq.workers.stage.last import CHUNK
+from ralmq.workers.stage.batch import SCORED as CHUNK
 from ralmq.workers.stage.neighbours import Query
 from stage.table import ENTERED, HIDDEN, answered, chunked, lm, merged, new, run, start, step
 

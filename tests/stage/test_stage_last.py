@@ -7,7 +7,8 @@ import pytest
 from ralmq.schema.errors import NoService
 from ralmq.schema.message import Error, Final, Partial, Return
 from ralmq.workers.params import Retrieval
-from ralmq.workers.stage.last import CHUNK, PASSAGES, Outcome
+from ralmq.workers.stage.batch import SCORED as CHUNK
+from ralmq.workers.stage.last import PASSAGES, Outcome
 from ralmq.workers.stage.neighbours import Neighbours
 from stage.table import CONTEXT, ENTERED, EOS, VOCAB, D, answered, key_of, knn, lm, neighbours, new, run, start, step
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from ralmq.schema.message import Error, Partial, Return
@@ -73,7 +74,9 @@ def test_penalties_follow_their_definition_and_a_replay_goes_on_with_them(task: 
     for cut in range(1, len(wanted)):
         body = Task(ignore_eos=True, max_tokens=40 - cut, prompt=3, **task)
         prompt = np.asarray([*range(3), *wanted[:cut]], np.int32)
-        last.start(key_of(9), prompt, {"task": body.model_dump(exclude_defaults=True), "limit": 40 - cut})
+        last.start(
+            key_of(9), prompt, {"task": msgpack.packb(body.model_dump(exclude_defaults=True)), "limit": 40 - cut}
+        )
         parts, _, _ = run(last, key_of(9), 3 + cut)
         assert parts == whole[cut:]
 

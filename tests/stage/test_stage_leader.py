@@ -8,8 +8,8 @@ import pytest
 from ralmq.schema.errors import Refused
 from ralmq.schema.message import Return
 from ralmq.workers.engine.pool import BLOCK
-from ralmq.workers.stage.batch import Phase, Sequence, blocks_for
-from ralmq.workers.stage.leader import SCORED, Leader
+from ralmq.workers.stage.batch import SCORED, Phase, Sequence, blocks_for
+from ralmq.workers.stage.leader import PARAMETERS, Leader
 from stage.schedule import Asked, Pipe
 
 SHAPES = [(1, 40, 8, 256), (2, 24, 4, 16), (3, 60, 16, 33), (4, 100, 3, 7), (2, 12, 1, 64), (1, 7, 8, 20)]
@@ -291,3 +291,57 @@ def test_rows_that_it_does_not_know_are_passed_over() -> None:
 def test_the_schedule_needs_no_torch() -> None:
     code = "import sys, ralmq.workers.stage.leader; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_preempted_score_sends_each_part_once_and_ends() -> None:
+    """What is computed again was sent before: it uses up none of what its reader takes."""
+    pipe = Pipe(14, 1, 100, 8, chunk=16, parks=0.0)
+    asked = pipe.add(list(range(800)), 1, takes=8, score=True)
+    taken = 0
+    while not asked.ends:
+        while not pipe.idle:
+            pipe.move()
+        if asked.sequence.phase is Phase.PAUSED and asked.has in (16, 32):
+            pipe.leader._preempt(asked.sequence)
+        assert asked.ends or asked.has > taken, "it stands still, and its reader has taken all that came"
+        pipe.grant(asked, asked.has - taken)
+        taken = asked.has
+    assert pipe.leader.preempted == 2 and asked.has == 50 and not asked.failed
+
+
+def test_nobody_waits_for_the_prefix_of_a_reader_that_is_slow() -> None:
+    pipe = Pipe(15, 1, 400, 8, chunk=64)
+    stem = list(range(2000))
+    slow = pipe.add(stem, 1, takes=1, score=True)
+    while slow.sequence.phase is not Phase.PAUSED:
+        pipe.move()
+    other = pipe.add([*stem[:400], 9999], 3)
+    while not pipe.idle:
+        pipe.move()
+    assert other.has == 3
+
+
+def test_slow_readers_of_more_urgent_requests_give_way_last() -> None:
+    pipe = Pipe(16, 1, 12, 8, parks=0.0)
+    urgent, low = pipe.add(60, 30, takes=1, priority=9), pipe.add(60, 30, takes=0, priority=1)
+    while urgent.sequence.phase is not Phase.PAUSED:
+        pipe.move()
+    pipe.add(60, 5, priority=5)
+    while not pipe.leader.preempted:
+        pipe.move()
+        assert not low.ends
+    assert low.sequence.phase is Phase.WAITING
+    assert urgent.sequence.blocks, "the one behind gives way first"
+    pipe.finish()
+    assert low.has == 30 and urgent.has == 30
+
+
+def test_parameters_of_many_newcomers_do_not_burst_a_micro_batch() -> None:
+    pipe = Pipe(17, 1, 400, 64, parks=0.0)
+    for _ in range(3):  # they fill the pipeline
+        pipe.add(2, 60)
+    asked = [pipe.add(2, 3) for _ in range(20)]
+    for one in asked:
+        one.sequence.size = PARAMETERS // 4
+    pipe.finish()
+    assert all(one.has == 3 for one in asked) and max(pipe.starts[2:]) == 4

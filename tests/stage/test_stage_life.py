@@ -89,7 +89,7 @@ def test_slow_readers_give_way(checkpoint: Callable[[str], Path]) -> None:
         await until(lambda: phases(members[0]) == [Phase.PAUSED] * 2)
         others = await asyncio.gather(*[generated(running.client, prompt, max_tokens=60) for prompt in starts[2:]])
         assert [len(other.tokens) for other in others] == [60] * 2
-        assert members[0]._leader is not None and members[0]._leader.preempted >= 2
+        assert members[0]._leader is not None and members[0]._leader.preempted >= 1
         read = [[part.body["token"] async for part in stream] for stream in slow]
         assert read == [(await generated(running.client, prompt, max_tokens=60)).tokens for prompt in starts[:2]]
 

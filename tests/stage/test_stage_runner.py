@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from ralmq.workers.params import Task
 from ralmq.workers.stage.runner import Runner
 
 KEYS = [(bytes([n]) * 16, n) for n in range(3)]
-PARAMS = {"task": Task(max_tokens=5).model_dump(exclude_defaults=True), "limit": 5}
+PARAMS = {"task": msgpack.packb(Task(max_tokens=5).model_dump(exclude_defaults=True)), "limit": 5}
 
 
 class Layers:

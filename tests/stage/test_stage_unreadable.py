@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_a_hidden_state_that_is_not_finite_fails_its_row_alone() -> None:
     task = {"retrieve": {"index": "docs"}, "max_tokens": 4}
     keys = [(bytes([n]) * 16, 0) for n in range(3)]
     for key in keys:
-        last.start(key, np.zeros(2, np.int32), {"task": task, "seconds": 5.0})
+        last.start(key, np.zeros(2, np.int32), {"task": msgpack.packb(task), "seconds": 5.0})
     entered = torch.ones(3, 4)
     entered[1, 2] = float("nan")
     rows = tuple(Row(*key, 1, 1, (0,)) for key in keys)

@@ -275,7 +275,7 @@ async def test_a_worker_without_progress_is_given_up_and_may_come_back() -> None
         task = asyncio.create_task(client.request("stuck"))
         await until(lambda: stuck.begun == 1)
         stuck.beating = False
-        with pytest.raises(errors.WorkerLost, match="no progress"):
+        with pytest.raises(errors.Poisoned, match="no progress"):
             await task
         await until(lambda: stuck.cancelled == 1)
         await until(lambda: len(here.in_flight()) == 1)  # it announced itself again

@@ -27,7 +27,7 @@ class LayerNorm:
     """Ba et al. 2016, over the last dimension."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -265,7 +265,8 @@ class Loader:
         if self.config.rms_norm:
             return RMSNorm(self._gain(f"{name}.weight", self.config.hidden), self.config.norm_eps)
         weight = self.tensor(f"{name}.weight", self.config.hidden)
-        return LayerNorm(weight, self.tensor(f"{name}.bias", self.config.hidden), self.config.norm_eps)
+        bias = self.tensor(f"{name}.bias", self.config.hidden) if self.config.norm_bias else None
+        return LayerNorm(weight, bias, self.config.norm_eps)
 
     def _head_norm(self, at: str) -> HeadNorm:
         query = self._gain(f"{at}self_attn.q_norm.weight", self.config.head_dim).expand(self.config.heads, -1)

@@ -62,7 +62,9 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         """Writes what is new, [batch, heads, count, width], and returns it behind what is cached."""
         both = []
         for kept, states in zip(self._pair, (key_states, value_states), strict=True):
-            kept.index_copy_(0, self._new, states.transpose(1, 2).reshape(-1, *kept.shape[1:]))
+            # What is not finite would reach rows that have the block later, masked or not.
+            clean = states.transpose(1, 2).reshape(-1, *kept.shape[1:]).nan_to_num(0.0, 0.0, 0.0)
+            kept.index_copy_(0, self._new, clean)
             old = kept.index_select(0, self._past.reshape(-1)).view(*self._past.shape, *kept.shape[1:])
             both.append(torch.cat((old.transpose(1, 2), states), 2))
         return both[0], both[1]

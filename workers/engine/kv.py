@@ -23,8 +23,11 @@ class KVCache:
         self.bytes_per_block = layers * BLOCK * width * dtype.itemsize
 
     def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
-        """Puts keys and values [n, 2 * kv_heads, head_dim] (keys first) into slots [n]."""
-        self._slots[layer].index_copy_(0, slots, kv)
+        """Puts keys and values [n, 2 * kv_heads, head_dim] (keys first) into slots [n].
+
+        What is not finite becomes 0: it would reach rows that have the block later, masked or not.
+        """
+        self._slots[layer].index_copy_(0, slots, kv.nan_to_num(0.0, 0.0, 0.0))
 
     def read(self, layer: int, table: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each [batch, kv_heads, tokens, head_dim], of `batch` equally long block tables laid flat."""

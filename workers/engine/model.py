@@ -57,6 +57,7 @@ class ModelConfig:
     ropes: tuple[Rope, ...] = ()  # none: learned positions; two: of layers without and with a window
     windows: tuple[int, ...] = ()  # per layer: tokens that a token sees, itself included, 0 for all; (): no windows
     rms_norm: bool = True  # otherwise LayerNorm
+    norm_bias: bool = True  # of LayerNorm
     norm_offset: bool = False  # norm weights are stored less 1
     post_norms: bool = False  # what attention and MLP add to the residual is normed as well
     qk_norm: bool = False

@@ -66,6 +66,7 @@ def _gpt2(fields: Fields, eos_ids: tuple[int, ...], bos_id: int | None) -> Model
             raise fields.fail(f"{name} = {not needed} is not supported; use a model without it")
     hidden = fields.integer("n_embd")
     heads = fields.integer("n_head")
+    bias = fields.flag("bias", True)  # nanoGPT's own switch
     return ModelConfig(
         family="gpt2",
         layers=fields.integer("n_layer"),
@@ -80,9 +81,10 @@ def _gpt2(fields: Fields, eos_ids: tuple[int, ...], bos_id: int | None) -> Model
         activation=fields.activation("activation_function", "gelu_new"),
         tied=fields.flag("tie_word_embeddings", True),
         rms_norm=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
+        norm_bias=bias,
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=bias,
         eos_ids=eos_ids,
         bos_id=bos_id,
     )

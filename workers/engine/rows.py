@@ -22,7 +22,11 @@ def sample_rows(
     Log-probabilities are of the logits as they came. `histories`, one a row where given, bring bias, minimum length and
     penalties. Greedy rows need no softmax and give what `choose` gives.
     """
-    adjusted = {i: row for i, history in enumerate(histories) if (row := history.adjusted(logits[i])) is not logits[i]}
+    adjusted: dict[int, Logits | Floats] = {}
+    for i, history in enumerate(histories):
+        row = logits[i]  # one view: `adjusted` gives back what it was given where there is nothing to do
+        if (changed := history.adjusted(row)) is not row:
+            adjusted[i] = changed
     tokens = logits.argmax(axis=1)
     for i, row in adjusted.items():
         tokens[i] = row.argmax()

@@ -203,6 +203,7 @@ class Span:
             hidden, entered = self._layers(x, step)
             return (hidden, entered) if ffn_input else hidden
         made: list[tuple[Tensor, Tensor]] = []
+        x = x.to(self.device)
         for places, count, step in calls(rows, self._call, self.config, self._rope, self.dtype, self.device):
             hidden, entered = self._layers(x[places], step)
             made.append((hidden[:count], entered[:count]))

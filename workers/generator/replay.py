@@ -10,6 +10,7 @@ from ..params import Task
 from .options import wire
 
 LOSSES = 3  # without a new token between them
+SUSPECT = 2
 
 
 class Ask(Protocol):
@@ -21,8 +22,8 @@ class Ask(Protocol):
 class Replay:
     """The generator is the journal of its texts: it has all tokens, and token ids are all that is replayed.
 
-    A text that lost its pipeline before it had a new token is suspected of having ended it: its next attempts run one
-    at a time with those of other suspects, so that an innocent one is not condemned with it.
+    A text that lost its pipeline twice before it had a new token is suspected of having ended it: its last attempt runs
+    alone among those of other suspects, so that an innocent one is not condemned with it.
 
     Args:
         ask: sends a request to the pipeline.
@@ -44,7 +45,6 @@ class Replay:
         self._suspects = suspects
         self._alone = False
         self._losses = 0
-        self._suspect = False  # the last attempt gave no token
 
     async def parts(self) -> AsyncGenerator[dict[str, Any], None]:
         """Bodies of the tokens, each position once, in order.
@@ -67,10 +67,9 @@ class Replay:
 
     async def _attempt(self) -> AsyncGenerator[dict[str, Any], None]:
         made = self._made
-        if self._suspect:
+        if self._losses >= SUSPECT:
             await self._suspects.acquire()
             self._alone = True
-        self._suspect = True
         task = self._task.model_copy(update={"max_tokens": self._task.max_tokens - len(made)})
         if made:
             task = task.model_copy(update={"prompt": len(self._prompt)})
@@ -81,7 +80,6 @@ class Replay:
                     continue  # it is here already
                 made.append(part.body["token"])
                 self._losses = 0
-                self._suspect = False
                 self._cleared()
                 self.ended = part.body.get("ended", "")
                 yield part.body

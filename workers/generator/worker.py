@@ -91,6 +91,9 @@ class Generator(Worker):
                 async for index, part in parts_of_all:
                     usage["completion_tokens"] += part["token"] >= 0
                     yield {**part, "index": index} if len(tasks) > 1 else part
+        elif len(tasks) > 1:
+            for index, end in enumerate(ends):
+                yield {"token": -1, **end, "index": index}
         request.ending = {**ends[0], "usage": usage}
         if len(tasks) > 1:
             request.ending["text"] = ""  # it came with its part

@@ -9,6 +9,7 @@ from ...schema.message import Active, Row, Start
 from ..engine.pool import BLOCK, block_key
 
 Key = tuple[bytes, int]  # id and attempt of a request
+SCORED = 256  # tokens of a score in one row at most, whose results are one part
 
 
 class Phase(Enum):
@@ -31,12 +32,14 @@ class Sequence:
         need: KV slots that it may use at most.
         until: new tokens (parts, of a score) that its reader takes (0 = no bound), asked anew each time.
         ended: called once, when no stage will write to its blocks any more.
+        size: bytes of its parameters.
         priority: 0 to 9, the highest first.
         own: tokens at its end that it computes itself, though their blocks may be there: their hidden states are used.
         length: tokens of the prompt.
         order: of arrival; `stamp` is that of becoming ready.
         computed: tokens in micro-batches so far, those under way included; `blocks` hold at least them.
-        parts: rows of a score that were sent.
+        flown: tokens that were ever in a micro-batch.
+        parts: rows of a score that gave something new.
         keys: of its full blocks, as far as they were asked for; the first `named` of them are in the cache.
         flying: micro-batches under way that write to its blocks.
         over: it ends once none of them does.
@@ -51,10 +54,12 @@ class Sequence:
     ended: Callable[[], None]
     priority: int = 4
     own: int = 1
+    size: int = 0
     length: int = 0
     order: int = 0
     stamp: int = 0
     computed: int = 0
+    flown: int = 0
     parts: int = 0
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)

@@ -15,16 +15,16 @@ from ...schema.message import Error, Final, Partial, Return, Row
 from ..engine.rows import log_probs_of, sample_rows, top_log_probs
 from ..engine.span import Span
 from ..hooks import Hooks, LogitsHook, apply
-from .batch import Key
+from .batch import SCORED, Key
 from .neighbours import Mixing, Neighbours, Query
 from .sequence import Sequence, sequence_of
 
-CHUNK = 256  # positions of a score in one PARTIAL
 PASSAGES = 1024  # hits with passages that an index answers at once
 
 Array = np.ndarray[Any, Any]
 Sent = tuple[Any, Key, int]  # message, request, sequence number
 MIXING = Mixing()
+NOT_FINITE = "the model's hidden state is not finite: its weights may be damaged, or its dtype too narrow"
 
 
 @dataclass(slots=True)
@@ -42,7 +42,8 @@ class Last:
     def __init__(self, span: Span, fingerprint: str, hooks: Hooks | None = None) -> None:
         self._span = span
         self._hooks = hooks or {}
-        self._eos = frozenset(span.config.eos_ids)
+        # A checkpoint whose vocabulary was cut down may still name an id behind it.
+        self._eos = frozenset(token for token in span.config.eos_ids if token < span.config.vocab)
         self._sequences: dict[Key, Sequence] = {}
         self._info = {
             "fingerprint": fingerprint,
@@ -79,6 +80,7 @@ class Last:
         outcome = Outcome()
         known: list[tuple[Sequence, Row, int]] = []  # with the place of the row's last token
         place = 0
+        self._fail_broken(rows, hidden, outcome)
         for row in rows:
             place += row.length
             sequence = self._sequences.get((row.id, row.attempt))
@@ -157,13 +159,21 @@ class Last:
             if query.keys:
                 outcome.queries.append(query)
 
+    def _fail_broken(self, rows: tuple[Row, ...], hidden: torch.Tensor, outcome: Outcome) -> None:
+        """Rows whose hidden states are not finite fail, and no others: their tokens would be noise without a word."""
+        finite = torch.isfinite(hidden).all(1)
+        if finite.all():
+            return
+        parts = torch.split(finite, [row.length for row in rows])
+        broken = [(row.id, row.attempt) for row, part in zip(rows, parts, strict=True) if not part.all()]
+        outcome.sent += self.fail(broken, WorkerFailed(NOT_FINITE)).sent
+
     def _drop_broken(self, query: Query, outcome: Outcome) -> None:
         """An index refuses a query with a vector that is not finite: its row alone fails, and is not asked for."""
         if np.isfinite(query.vectors).all():
             return
         broken = [key for key, row in zip(query.keys, query.vectors, strict=True) if not np.isfinite(row).all()]
-        text = "the model's hidden state is not finite: its weights may be damaged, or its dtype too narrow"
-        outcome.sent += self.fail(broken, WorkerFailed(text)).sent
+        outcome.sent += self.fail(broken, WorkerFailed(NOT_FINITE)).sent
         kept = [place for place, key in enumerate(query.keys) if key in self._sequences]
         query.keys = [query.keys[place] for place in kept]
         query.positions = [query.positions[place] for place in kept]
@@ -200,10 +210,14 @@ class Last:
             try:
                 changed = self._changed(sequence, found, logits[place])
             except RalmqError as error:
-                outcome.sent += self.fail([sequence.key], error).sent
-                outcome.returns.append(Return(*sequence.key, -1, True))
+                self._failed(sequence, error, outcome)
             else:
                 self._take([rows[place]], changed[None], outcome)
+
+    def _failed(self, sequence: Sequence, error: RalmqError, outcome: Outcome) -> None:
+        """A row that was to be sampled now ends with an error, and goes back."""
+        outcome.sent += self.fail([sequence.key], error).sent
+        outcome.returns.append(Return(*sequence.key, -1, True))
 
     def _changed(self, sequence: Sequence, found: Neighbours | None, logits: Array) -> Array:
         """Logits [vocab] after what was retrieved is mixed in, and after the hooks that the request names.
@@ -227,23 +241,21 @@ class Last:
         return logits
 
     def _take(self, rows: list[tuple[Sequence, int, Neighbours | None]], logits: Array, outcome: Outcome) -> None:
-        """Draws tokens: of each one PARTIAL to the asker, one row back to the leader, and the end where it is due."""
-        sequences = [sequence for sequence, _, _ in rows]
-        tokens, log_p = sample_rows(
-            logits,
-            [sequence.sampling for sequence in sequences],
-            [position for _, position, _ in rows],
-            [sequence.history for sequence in sequences],
-        )
-        for place, (sequence, position, found) in enumerate(rows):
-            body: dict[str, Any] = {"token": tokens[place], "position": position}
-            if log_p[place] is not None:
-                body["logprob"] = log_p[place]
-            if top := sequence.sampling.top_logprobs:
-                ids, values = top_log_probs(logits[place : place + 1], top)
-                body["top_logprobs"] = list(zip(ids[0].tolist(), values[0].tolist(), strict=True))
-            if found is not None and found.passages:
-                body["passages"] = found.passages
+        """Draws tokens: of each one PARTIAL to the asker, one row back to the leader, and the end where it is due.
+
+        Where that raises, rows go one by one: the one that cannot be sampled fails, and no other.
+        """
+        try:
+            bodies = _drawn(rows, logits)
+        except Exception as error:
+            if len(rows) > 1:
+                for place, row in enumerate(rows):
+                    self._take([row], logits[place : place + 1], outcome)
+            else:
+                said = WorkerFailed(f"the next token cannot be sampled: {type(error).__name__}: {error}"[:2000])
+                self._failed(rows[0][0], said, outcome)
+            return
+        for (sequence, _, _), body in zip(rows, bodies, strict=True):
             self._took(sequence, body, outcome)
 
     def _took(self, sequence: Sequence, body: dict[str, Any], outcome: Outcome) -> None:
@@ -271,8 +283,8 @@ class Last:
         """
         targets = sequence.prompt[1:]
         end = min(position + len(hidden), len(targets))
-        for first in range(max(position, sequence.scored), end, CHUNK):
-            after = min(first + CHUNK, end)
+        for first in range(max(position, sequence.scored), end, SCORED):
+            after = min(first + SCORED, end)
             part = slice(first - position, after - position)
             logits = self._span.head(hidden[part]).cpu().numpy()
             tensors: list[Array] = [entered[part].float().cpu().numpy()] if sequence.task.states else []
@@ -287,3 +299,26 @@ class Last:
             outcome.sent.append((Final({"count": end, **self._info}), sequence.key, 0))
             del self._sequences[sequence.key]
             outcome.returns.append(Return(*sequence.key, -1, True))
+
+
+def _drawn(rows: list[tuple[Sequence, int, Neighbours | None]], logits: Array) -> list[dict[str, Any]]:
+    """What each row's PARTIAL says: its token, and what was asked for beside it."""
+    sequences = [sequence for sequence, _, _ in rows]
+    tokens, log_p = sample_rows(
+        logits,
+        [sequence.sampling for sequence in sequences],
+        [position for _, position, _ in rows],
+        [sequence.history for sequence in sequences],
+    )
+    bodies: list[dict[str, Any]] = []
+    for place, (sequence, position, found) in enumerate(rows):
+        body: dict[str, Any] = {"token": tokens[place], "position": position}
+        if log_p[place] is not None:
+            body["logprob"] = log_p[place]
+        if top := sequence.sampling.top_logprobs:
+            ids, values = top_log_probs(logits[place : place + 1], top)
+            body["top_logprobs"] = list(zip(ids[0].tolist(), values[0].tolist(), strict=True))
+        if found is not None and found.passages:
+            body["passages"] = found.passages
+        bodies.append(body)
+    return bodies

@@ -10,11 +10,11 @@ from math import inf
 from ...schema.errors import Refused
 from ...schema.message import Active, Return, Row, Start
 from ..engine.pool import BLOCK
-from .batch import Batch, Key, Phase, Sequence, blocks_for
+from .batch import SCORED, Batch, Key, Phase, Sequence, blocks_for
 from .memory import Memory
 
 CHUNK = 256  # tokens of prompts in one micro-batch
-SCORED = 256  # tokens of a score in one row, whose results are one part
+PARAMETERS = 256 << 10  # bytes of parameters of new sequences in one micro-batch, but for a single one
 
 Flight = list[tuple[Sequence, int, int]]  # a micro-batch under way: its sequences, from and up to where of each
 
@@ -192,10 +192,14 @@ class Leader:
     def _prompts(self, rows: int) -> Flight:
         """A chunk beside so many next tokens."""
         flight: Flight = []
-        room = max(1, self._chunk - rows)
+        room, left = max(1, self._chunk - rows), PARAMETERS
         for sequence in self._prefill[:]:
             if not room or rows + len(flight) >= self._max_rows:
                 break
+            if not sequence.started:
+                left -= sequence.size
+                if left < 0 and flight:
+                    break
             count = min(room, sequence.known - sequence.computed, SCORED if sequence.scored else room)
             room -= count
             self.prefilled += count
@@ -210,11 +214,12 @@ class Leader:
         sequence.flying += 1
         if sequence.computed == sequence.known:
             sequence.phase = Phase.AWAITED
-        elif sequence.scored:
-            sequence.parts += 1
+        if sequence.scored and sequence.computed > sequence.flown:
+            sequence.parts += 1  # the last stage does not send again what it has sent
             until = sequence.until()
-            if until and sequence.parts >= until:
+            if until and sequence.parts >= until and sequence.phase is Phase.PREFILL:
                 sequence.phase = Phase.PAUSED
+        sequence.flown = max(sequence.flown, sequence.computed)
         return sequence, begin, sequence.computed
 
     def _batch(self, flight: Flight, over: list[Active]) -> Batch:
@@ -258,12 +263,17 @@ class Leader:
         return True
 
     def _make_room(self, turn: tuple[int, float]) -> bool:
-        """Takes the blocks of the last in turn of those behind `turn`; those with a slow reader come first."""
-        idle = [s for s in self._sequences.values() if s.blocks and not s.flying]
-        found = [s for s in idle if s.phase is Phase.PAUSED] or [s for s in idle if s.turn > turn]
-        if not found:
+        """Takes the blocks of the last in turn of those behind `turn`, slow readers first; at last, where only slow
+        readers are left, those of one before it, who may pause for as long as they like. False where nobody can give
+        way now."""
+        holders = [s for s in self._sequences.values() if s.blocks]
+        found = [s for s in holders if s.turn > turn]
+        if not found and all(s.phase is Phase.PAUSED or s.turn == turn for s in holders):
+            found = [s for s in holders if s.turn != turn]
+        idle = [s for s in found if not s.flying]
+        if not idle:
             return False
-        self._preempt(max(found, key=_turn))
+        self._preempt(max([s for s in idle if s.phase is Phase.PAUSED] or idle, key=_turn))
         return True
 
     def _preempt(self, sequence: Sequence) -> None:

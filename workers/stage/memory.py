@@ -1,7 +1,7 @@
 """The KV blocks of all sequences: who gets some, what can be found again, who must give way. Knows no schedule."""
 
 from ..engine.pool import BLOCK, BlockPool
-from .batch import Sequence, blocks_for
+from .batch import Phase, Sequence, blocks_for
 
 HOLD = 8  # blocks of a common prefix for which it pays to wait until another sequence has computed them
 
@@ -40,7 +40,9 @@ class Memory:
             return False
         keys = self._usable(sequence)
         found = shared = len(self._pool.find(keys))
-        while shared < len(keys) and (other := self._computing.get(keys[shared])) and other.turn < sequence.turn:
+        while shared < len(keys) and (other := self._computing.get(keys[shared])) is not None:
+            if other.phase is Phase.PAUSED or other.turn > sequence.turn:
+                break
             shared += 1
         return shared > found and shared >= HOLD
 

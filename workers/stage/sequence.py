@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
+import msgpack
 import numpy as np
 
 from ...schema.message import Row
@@ -104,7 +105,7 @@ class Sequence:
 
 def sequence_of(key: Key, prompt: Array, params: dict[str, Any], eos: frozenset[int], now: float) -> Sequence:
     """What the first STEP of a sequence brings: prompt ids, and parameters as the leader writes them."""
-    task = Task.model_validate(params["task"])
+    task = Task.model_validate(msgpack.unpackb(params["task"]))
     start = task.prompt or len(prompt)
     wanted = task.logprobs or task.top_logprobs > 0
     sampling = SamplingParams(logprobs=wanted, **{name: getattr(task, name) for name in _SAMPLING})

@@ -90,7 +90,9 @@ def load(
         raise Refused(str(error)) from None
     except (RuntimeError, AssertionError) as error:  # torch's own word on a device that is not there
         raise Refused(f"cannot load {place.path} to {device}: {str(error).splitlines()[0]}") from None
-    offer = Offer(place.name, fingerprint, place.first, place.last, config.layers, blocks, max_rows, config.context)
+    # Stages that cut their calls differently do not give the same bits: they form no pipeline.
+    offered = f"{fingerprint}.r{deterministic}" if deterministic else fingerprint
+    offer = Offer(place.name, offered, place.first, place.last, config.layers, blocks, max_rows, config.context)
     return Loaded(span, offer, fingerprint)
 
 

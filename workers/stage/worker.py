@@ -1,6 +1,7 @@
 """The built-in worker `stage`: the link's side of a pipeline stage. Knows messages and their order, no layer."""
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import msgpack
 import numpy as np
 import torch
 
@@ -29,6 +31,8 @@ from .runner import Runner
 from .weights import Loaded, load, place_of
 
 log = logging.getLogger("ralmq.stage")
+LOSSES = 3  # of an index's servers by one query
+MOST = 64 << 10  # bytes of a request's options
 
 
 class Stage(Worker):
@@ -41,7 +45,7 @@ class Stage(Worker):
         name: the model's name in `lm:<name>`; the directory's name where not given.
         threads: of torch.
         device: cpu, cuda, cuda:1 ...
-        dtype: fp32, bf16 or fp16.
+        dtype: fp32, bf16, fp16, or int8 for the matrices alone.
         kv_mib: memory for keys and values.
         max_rows: sequences in one micro-batch.
         capacity: requests that the leader takes at a time, waiting ones included.
@@ -119,7 +123,11 @@ class Stage(Worker):
         task = Task.of(request.body)
         ids = prompt_of(request, task, self._loaded)
         check_hooks(task.hooks, self._hooks)
-        params: dict[str, Any] = {"task": task.model_dump(exclude_defaults=True)}
+        # Packed, so that no structure within it counts against the bounds of the STEP that it shares with others.
+        packed: bytes = msgpack.packb(task.model_dump(exclude_defaults=True))
+        if len(packed) > MOST:
+            raise Refused(f"the options have {len(packed)} bytes, at most {MOST} may travel: name less in them")
+        params: dict[str, Any] = {"task": packed}
         if request.deadline:
             params["seconds"] = max(0.001, request.deadline - self._loop.time())
         need = len(ids) - 1
@@ -135,7 +143,8 @@ class Stage(Worker):
         ended: asyncio.Future[None] = self._loop.create_future()
         key = (request.id, request.attempt)
         until, over = (lambda: request.until), (lambda: _resolve(ended))
-        sequence = Sequence(*key, ids, params, need, until, over, request.priority, own_tokens(task, len(ids)))
+        sequence = Sequence(*key, ids, params, need, until, over, request.priority)
+        sequence.own, sequence.size = own_tokens(task, len(ids)), len(packed)
         leader.add(sequence)
         request.granted = partial(self._granted, leader, key)
         self._drive()
@@ -216,8 +225,13 @@ class Stage(Worker):
 
         def ended(future: asyncio.Future[Any]) -> None:
             self._waiting -= 1
-            if not future.cancelled() and pipeline == self._pipeline:
+            if future.cancelled() or pipeline != self._pipeline:
+                return
+            try:
                 done(future.result())
+            except Exception as error:  # the pipeline's rows are not what the leader takes them for: begin anew
+                log.exception("a stage cannot go on")
+                self.host.link.renew(f"{type(error).__name__}: {error}")
 
         self._waiting += 1
         self._loop.run_in_executor(self._compute, work).add_done_callback(ended)
@@ -273,8 +287,12 @@ class Stage(Worker):
             self._drive()
 
     async def _found(self, query: Query) -> Reply:
-        """The index's answer. It was there when the sequences began: where it is lost, its return is waited for."""
-        while True:
+        """The index's answer. It was there when the sequences began: where it is lost, its return is waited for.
+
+        Raises:
+            WorkerLost: its server was lost each time that it was asked.
+        """
+        for losses in itertools.count(1):
             try:
                 return await self.host.client.request(
                     f"search:{query.index}",
@@ -286,7 +304,10 @@ class Stage(Worker):
                     priority=6,
                 )
             except WorkerLost:
+                if losses >= LOSSES:
+                    raise
                 log.warning("search:%s lost its server: it is asked again", query.index)
+        raise AssertionError("the loop has no other end")
 
     async def _search(self, query: Query) -> None:
         """Asks an index for parked rows; the answer re-enters by the compute thread's queue."""
