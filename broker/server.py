@@ -35,7 +35,7 @@ HEARTBEAT_TIMEOUT_MS: Final = 2000
 LINGER_MS: Final = 1000  # closing at once with a multipart backlog can abort the process
 HIGH_WATER: Final = 64  # messages a peer, whatever their size; what it does not take beyond that waits in the outbox
 OUT_BYTES: Final = 64 << 20
-LOOK: Final = 0.25  # seconds between two looks at the list of keys, and at messages that do not end
+LOOK: Final = 0.1  # seconds between two looks at the list of keys, and at messages that do not end
 REFUSALS: Final = {  # what the monitor tells of connections that never came to be, and how it is counted
     int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "unknown_key",
     int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): "no_handshake",
@@ -184,6 +184,7 @@ class Server:
         A routing id that the ROUTER drew belongs to one connection, and a connection to one key, until it ends; the
         descriptor is forgotten then, so that whoever comes next under this id is asked anew.
         """
+        self._disconnected()  # what became of the descriptor before, and that it was opened
         descriptor = _descriptor(frame)
         if self._guard is not None:
             entry = self._guard.entry(key, frame)

@@ -25,8 +25,8 @@ class Flow:
 class Watch:
     """Connections by descriptor. A look costs some microseconds for each; a message costs nothing.
 
-    A connection that has received much since its last whole message is a suspect, and the shell says when the next one
-    comes. One that receives more than any message may have meanwhile is endless.
+    Before its first whole message a connection has little to say. Later, one that has received much since its last is
+    a suspect, and the shell says when the next comes; one that receives more than any message may have is endless.
     """
 
     def __init__(self) -> None:
@@ -49,8 +49,11 @@ class Watch:
         endless: set[int] = set()
         for descriptor, flow in self._flows.items():
             got = received(descriptor)
-            if flow.asked >= 0:
-                if got - flow.asked > (LONGEST if flow.known else FIRST):
+            if not flow.known:
+                if got > FIRST:
+                    endless.add(descriptor)
+            elif flow.asked >= 0:
+                if got - flow.asked > LONGEST:
                     endless.add(descriptor)
             elif got - flow.base > FIRST:
                 flow.asked = got

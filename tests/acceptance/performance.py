@@ -60,7 +60,7 @@ def _renew(kind: str, parts: dict[str, Any], docs: Path) -> None:
     file = docs / "performance.json"
     known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"benches": {}, "checks": {}}
     known[kind] = {**known[kind], **parts}
-    file.write_text(json.dumps(known, indent=1) + "\n")
+    file.write_text(json.dumps(known, indent=1, default=lambda value: value.item()) + "\n")
     write_page(known, docs)
 
 

@@ -16,13 +16,13 @@ class Sleepy(Stage):
 
     async def start(self) -> None:
         await super().start()
-        span = self._runner._span
-        forward = span.forward
+        computed = self._runner._computed
 
-        def slow(*given: Any, **options: Any) -> Any:
+        def slow(step: Any) -> Any:
             end = time.perf_counter() + self._seconds
-            found = forward(*given, **options)
-            time.sleep(max(0.0, end - time.perf_counter()))
+            found = computed(step)
+            if step.rows:
+                time.sleep(max(0.0, end - time.perf_counter()))
             return found
 
-        span.forward = slow  # type: ignore[method-assign]
+        self._runner._computed = slow  # type: ignore[method-assign]

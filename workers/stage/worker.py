@@ -1,10 +1,11 @@
 """The built-in worker `stage`: the link's side of a pipeline stage. Knows messages and their order, no layer."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -223,9 +224,9 @@ class Stage(Worker):
         """Runs `work` in the compute thread, in order; what follows in the event loop, if the pipeline still stands."""
         pipeline = self._pipeline
 
-        def ended(future: asyncio.Future[Any]) -> None:
+        def ended(future: Future[Any]) -> None:
             self._waiting -= 1
-            if future.cancelled() or pipeline != self._pipeline:
+            if pipeline != self._pipeline:
                 return
             try:
                 done(future.result())
@@ -233,8 +234,13 @@ class Stage(Worker):
                 log.exception("a stage cannot go on")
                 self.host.link.renew(f"{type(error).__name__}: {error}")
 
+        def told(future: Future[Any]) -> None:  # in the compute thread; straight to `ended`: a hop waits for it
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                if not future.cancelled():
+                    self._loop.call_soon_threadsafe(ended, future)
+
         self._waiting += 1
-        self._loop.run_in_executor(self._compute, work).add_done_callback(ended)
+        self._compute.submit(work).add_done_callback(told)
 
     def _computed(self, step: Step, result: tuple[Step | None, Outcome]) -> None:
         onward, outcome = result
