@@ -72,7 +72,7 @@ class Requests(Transitions):
             service = self.service(route.service)
         size = RECORD + (len(frames[0]) if len(frames) == 1 else sum(map(len, frames)))
         record = Record(prefix.id, asker, service, prefix.attempt, deadline, route.priority, frames, now, size)
-        record.leg = leg
+        record.leg, record.wait = leg, now + route.wait_ms / 1000  # also where it waits later: its worker may be lost
         worker = None
         if not (losses or service.queue.count or asker.held + size > self._room):
             worker = service.choose()
@@ -284,7 +284,7 @@ class Requests(Transitions):
         full = service.queue.count >= limits.queue and not record.attempt
         if full or self.queued_bytes + record.size > limits.queue_bytes:
             return busy(service, now, f"{service.waiting} requests wait for {service.name}")
-        record.wait = until
+        record.wait = max(record.wait, until)
         self._enqueue(now, record)
         self._remind(record)
         return None

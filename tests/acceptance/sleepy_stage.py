@@ -1,9 +1,10 @@
-"""The worker `stage` whose every call takes 20 ms, most of them asleep, so that cores do not decide."""
+"""The worker `stage` with layers that sleep: each STEP takes 20 ms, and no core is needed for it."""
 
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from ralmq.workers.stage.worker import Stage
 
 
@@ -16,13 +17,19 @@ class Sleepy(Stage):
 
     async def start(self) -> None:
         await super().start()
-        computed = self._runner._computed
+        runner = self._runner
+        computed, width = runner._computed, runner._span.config.hidden
 
-        def slow(step: Any) -> Any:
+        def slept(step: Any) -> Any:
             end = time.perf_counter() + self._seconds
             found = computed(step)
             if step.rows:
                 time.sleep(max(0.0, end - time.perf_counter()))
             return found
 
-        self._runner._computed = slow  # type: ignore[method-assign]
+        def forward(rows: Any, x: torch.Tensor, ffn_input: bool = False) -> Any:
+            hidden = torch.zeros(len(x), width)
+            return (hidden, hidden) if ffn_input else hidden
+
+        runner._computed = slept  # type: ignore[method-assign]
+        runner._span.forward = forward  # type: ignore[method-assign, assignment]

@@ -159,9 +159,18 @@ def test_a_service_that_left_has_a_grace_in_which_it_may_come_back(broker: Broke
     early = broker.wait(2.9)
     assert early == []
     late = broker.wait(0.2)
-    assert sorted(out.prefix.id.strip(b".") for _, out in late) == [b"new", b"patient", b"runs", b"waits"]
+    assert sorted(out.prefix.id.strip(b".") for _, out in late) == [b"new", b"runs", b"waits"]
     assert {out.message.code for _, out in late} == {"no_service"}
+    ((when, error),) = broker.wait(3.5)
+    assert shown([error]) == [("client", "Error", "patient", 0)] and 2.9 - LATE <= when <= 2.9 + LATE
     assert shown(broker.hello("w", "echo"))[1:] == [("w", "Request", "again", 1)]
+
+
+def test_a_request_whose_worker_is_lost_waits_for_another_as_long_as_it_said(broker: Broker) -> None:
+    broker.hello("w", "echo")
+    broker.ask("client", "echo", "a", wait_ms=9000)
+    assert broker.lost("w") == [] and broker.wait(8.5) == []
+    assert shown(broker.hello("v", "echo"))[1:] == [("v", "Request", "a", 1)]
 
 
 def test_waiting_longer_than_the_grace_is_not_cut_short(broker: Broker) -> None:

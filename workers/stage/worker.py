@@ -257,10 +257,15 @@ class Stage(Worker):
             self._computed(step, self._runner.failed(step, failure))
 
     def _publish(self, number: int, outcome: Outcome) -> None:
-        """What follows from a computation: parts and ends to the askers, queries to indexes, rows to the leader.
+        """What follows from a computation: queries to indexes, rows to the leader, parts and ends to the askers.
 
-        A part that cannot travel ends its sequence.
+        The rows first: the pipeline waits for them. A part that cannot travel ends its sequence.
         """
+        for query in outcome.queries:
+            self._searches.add(task := self._loop.create_task(self._search(query)))
+            task.add_done_callback(self._searches.discard)
+        if number or outcome.returns:
+            self._give_back(number, tuple(outcome.returns))
         broken: set[Key] = set()
         for message, key, sequence in outcome.sent:
             try:
@@ -269,11 +274,6 @@ class Stage(Worker):
             except Malformed as error:
                 broken.add(key)
                 self._unsendable(key, WorkerFailed(f"a part of the answer cannot travel: {error.message}"))
-        for query in outcome.queries:
-            self._searches.add(task := self._loop.create_task(self._search(query)))
-            task.add_done_callback(self._searches.discard)
-        if number or outcome.returns:
-            self._give_back(number, tuple(outcome.returns))
 
     def _unsendable(self, key: Key, error: WorkerFailed) -> None:
         last = self._runner.last
