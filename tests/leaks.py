@@ -8,6 +8,7 @@ import gc
 import inspect
 import os
 import time
+import weakref
 from collections.abc import Coroutine
 from typing import Any
 
@@ -72,10 +73,24 @@ def descriptors() -> set[str]:
     return {entry for entry in found if "/proc/" not in entry}
 
 
+_SOCKETS: "weakref.WeakSet[Any]" = weakref.WeakSet()
+_made = zmq.Socket.__init__
+
+
+def _noted(self: Any, *given: Any, **options: Any) -> None:
+    _SOCKETS.add(self)
+    _made(self, *given, **options)
+
+
+zmq.Socket.__init__ = _noted  # type: ignore[method-assign]
+
+
 def open_sockets() -> list[Any]:
     """Sockets of pyzmq that nobody has closed, those of its own collector aside."""
+    if not any(not socket.closed for socket in _SOCKETS):
+        return []
     gc.collect()
-    found = [item for item in gc.get_objects() if isinstance(item, zmq.Socket) and not item.closed]
+    found = [socket for socket in _SOCKETS if not socket.closed]
     return [socket for socket in found if b"pyzmq.gc" not in bytes(socket.get(zmq.LAST_ENDPOINT))]
 
 

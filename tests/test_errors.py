@@ -12,7 +12,7 @@ FOUND = {
 
 def test_every_class_has_a_code_of_its_own_and_is_in_the_table() -> None:
     assert set(CLASSES.values()) == FOUND
-    assert len({cls.code for cls in FOUND}) == len(FOUND) == 11
+    assert len({cls.code for cls in FOUND}) == len(FOUND) == 12
 
 
 @pytest.mark.parametrize("code", sorted(CLASSES))
@@ -47,6 +47,7 @@ def test_whose_fault_and_whether_a_resend_may_help() -> None:
         "cancelled": ("caller", False),
         "worker_failed": ("worker", False),
         "worker_lost": ("worker", True),
+        "poisoned": ("caller", False),
         "no_broker": ("broker", True),
         "closed": ("caller", False),
     }
