@@ -27,6 +27,7 @@ from .watch import Watch, cut
 
 BATCH: Final = 64  # messages a pass, so that timers and other tasks get their turn
 TICK: Final = 0.01
+IDLE: Final = 0.03  # seconds between ticks while no request is open and nothing waits to be sent
 LAST: Final = int(zmq.NOBLOCK)  # as plain numbers: `|` of two flags costs more than the send itself
 MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 READABLE: Final = int(zmq.POLLIN)
@@ -271,7 +272,8 @@ class Server:
         return self.core.lost(self._clock(), key, reason)
 
     def _tick(self) -> None:
-        self._timer = self._loop.call_later(TICK, self._tick)
+        busy = self._outbox or self.core.requests.open
+        self._timer = self._loop.call_later(TICK if busy else IDLE, self._tick)
         now = self._clock()
         sent = self.core.tick(now)
         if now >= self._look_at:
