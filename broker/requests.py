@@ -78,7 +78,7 @@ class Requests(Transitions):
             worker = service.choose()
         if worker is None:
             record.losses, record.parent = losses, parent
-            if (refusal := self._queue(now, record, route.wait_ms)) is not None:
+            if (refusal := self._queue(now, record)) is not None:
                 self._forget(now, service)
                 return self._refuse(asker, prefix, refusal)
         self.counts["accepted"] += 1
@@ -263,7 +263,7 @@ class Requests(Transitions):
             if answer is not None:
                 self._tell(asker, Final(answer), prefix.id, prefix.attempt)
 
-    def _queue(self, now: float, record: Record, wait_ms: int) -> RalmqError | None:
+    def _queue(self, now: float, record: Record) -> RalmqError | None:
         """Puts a request into its service's queue; the error to refuse it with where it cannot wait there.
 
         What is sent again was taken once, so the length of the queue does not turn it away; what is asked on behalf
@@ -272,7 +272,7 @@ class Requests(Transitions):
         service, asker, limits = record.service, record.asker, self._limits
         until = 0.0
         if not service.offers:
-            until = max(self._started + limits.grace, service.gone_at + limits.grace, now + wait_ms / 1000)
+            until = max(self._started + limits.grace, service.gone_at + limits.grace, record.wait)
             if record.attempt:
                 until = record.deadline or NEVER
             if until <= now:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..schema.errors import RalmqError, Refused
+from ..schema.limits import MAX_TOKEN_ID
 from .collected import collected
 from .shared import print_json
 
 RETRIES: Final = 1 << 30  # after Busy: until the deadline
-LAST_ID: Final = 0x7FFF_FFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def _checked(prompt: Any, options: dict[str, Any], where: str) -> Prompt:
     from ..client.generation import generation_request
     from ..workers.generator.options import Options
 
-    ids = isinstance(prompt, list) and all(type(token) is int and 0 <= token <= LAST_ID for token in prompt)
+    ids = isinstance(prompt, list) and all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in prompt)
     if not prompt or not (isinstance(prompt, str) or ids):
         raise Refused(f"{where}: the prompt is neither text nor a list of token ids: give either, not empty")
     try:

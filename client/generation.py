@@ -9,12 +9,11 @@ from typing import Any, Final, Self
 import numpy as np
 
 from ..schema.errors import Poisoned, Refused, WorkerLost
+from ..schema.limits import LOSSES, MAX_TOKEN_ID
 from .results import Alternative, Token
 from .stream import Stream
 
-LOSSES = 3  # of its generator, without a new token between them
 MOST_TEXTS = 64
-MOST_ID = 0x7FFF_FFFF  # token ids travel as int32
 
 # The options of a generation and what they are where not given; the generator checks their values.
 DEFAULTS: Final[dict[str, Any]] = {
@@ -78,8 +77,8 @@ def _ids(prompt: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int32]]:
         Refused: something else is among them.
     """
     for token in prompt:
-        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token <= MOST_ID:
-            raise Refused(f"the prompt has {token!r}, which is no token id: give text, or ids of 0 to {MOST_ID}")
+        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token <= MAX_TOKEN_ID:
+            raise Refused(f"the prompt has {token!r}, which is no token id: give text, or ids of 0 to {MAX_TOKEN_ID}")
     return np.asarray(prompt, dtype=np.int32)
 
 

@@ -32,3 +32,5 @@ MAX_ACTIVE: Final = 128  # attempts listed in one BEAT
 MAX_ATTEMPT: Final = 0xFFFF
 MAX_DEADLINE_MS: Final = 0xFFFF_FFFF
 NO_ID: Final = bytes(16)
+MAX_TOKEN_ID: Final = 0x7FFF_FFFF  # token ids travel as int32
+LOSSES: Final = 3  # of whoever serves a request, without progress between them; then it is given up

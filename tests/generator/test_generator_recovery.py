@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ralmq.client.generation import LOSSES
 from ralmq.errors import Poisoned, WorkerLost
+from ralmq.schema.limits import LOSSES
 from ralmq.workers.base import Worker
 from ralmq.workers.generator.worker import Generator
 from ralmq.workers.index.datastore import build_datastore

@@ -6,11 +6,11 @@ from typing import Any, Protocol
 
 from ...client.stream import Stream
 from ...schema.errors import Poisoned, WorkerLost
+from ...schema.limits import LOSSES
 from ..params import Task
 from .options import wire
 
-LOSSES = 3  # without a new token between them
-SUSPECT = 2
+SUSPECT = LOSSES - 1  # losses after which a text runs alone
 
 
 class Ask(Protocol):

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from ...client.stream import Stream
 from ...schema.errors import Refused, WorkerFailed
+from ...schema.limits import MAX_TOKEN_ID
 from ..base import Answer, Request, Worker
 from ..models import resolve
 from ..params import Task
@@ -20,7 +21,6 @@ from .replay import Replay
 from .text import Text
 
 RETRIES = 8  # resends to a pipeline whose queue is full
-MOST = 0x7FFF_FFFF  # token ids travel as int32
 
 
 class Generator(Worker):
@@ -197,7 +197,7 @@ class Generator(Worker):
             given = request.tensors[0].numpy()
             if given.dtype.kind not in "iu" or given.ndim != 1 or not len(given):
                 raise Refused(f"the prompt is {given.dtype} {list(given.shape)}: give at least one id, int32 [n]")
-            if int(given.min()) < 0 or int(given.max()) > MOST:
+            if int(given.min()) < 0 or int(given.max()) > MAX_TOKEN_ID:
                 raise Refused("the prompt has ids that no vocabulary holds: give those of the model's tokenizer")
             return [int(token) for token in given]
         ids: list[int] = self._needed("for a prompt of text").encode(options.prompt).ids

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ import torch
 from ...client.results import Reply
 from ...schema.errors import Malformed, RalmqError, Refused, WorkerFailed, WorkerLost
 from ...schema.frame import RETURN, Prefix
-from ...schema.limits import MAX_ROWS, NO_ID
+from ...schema.limits import LOSSES, MAX_ROWS, NO_ID
 from ...schema.message import Beat, Error, Form, Gone, Return, Span, Step
 from ..base import ELSEWHERE, Answer, Request, Worker
 from ..hooks import check_hooks, load_hooks
@@ -32,7 +31,6 @@ from .runner import Runner
 from .weights import Loaded, load, place_of
 
 log = logging.getLogger("ralmq.stage")
-LOSSES = 3  # of an index's servers by one query
 MOST = 64 << 10  # bytes of a request's options
 
 
@@ -298,7 +296,8 @@ class Stage(Worker):
         Raises:
             WorkerLost: its server was lost each time that it was asked.
         """
-        for losses in itertools.count(1):
+        losses = 0
+        while True:
             try:
                 return await self.host.client.request(
                     f"search:{query.index}",
@@ -310,10 +309,10 @@ class Stage(Worker):
                     priority=6,
                 )
             except WorkerLost:
+                losses += 1
                 if losses >= LOSSES:
                     raise
                 log.warning("search:%s lost its server: it is asked again", query.index)
-        raise AssertionError("the loop has no other end")
 
     async def _search(self, query: Query) -> None:
         """Asks an index for parked rows; the answer re-enters by the compute thread's queue."""
