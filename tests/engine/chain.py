@@ -1,12 +1,14 @@
-"""Spans of one model run one after the other in this process, as a pipeline would."""
+"""Spans of one model run one after the other in this process, as a pipeline would; and what transformers says."""
 
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from checkpoints import VOCAB
 from ralmq.workers.engine.config import read_config
 from ralmq.workers.engine.span import Row, Span
+from transformers import PreTrainedModel
 
 
 class Chain:
@@ -33,3 +35,14 @@ class Chain:
         for at in range(prefill, len(ids)):
             out.append(self.logits([Row(at, 1, blocks)], ids[at : at + 1]))
         return torch.cat(out)
+
+
+def random_ids(n: int, seed: int = 0, low: int = 0) -> torch.Tensor:
+    """[n] ids of the tiny checkpoints, from `low` on."""
+    return torch.randint(low, VOCAB, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def reference(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """transformers' logits [n, vocab]."""
+    return model(ids[None]).logits[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from chain import Chain
+from chain import Chain, random_ids, reference
 from checkpoints import CONTEXT, HIDDEN, VOCAB, tiny, tiny_model
 from ralmq.workers.engine.adapter import Adapter
 from ralmq.workers.engine.checkpoint import Checkpoint
@@ -57,25 +57,10 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return made
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def random_ids(n: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def reference(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """[n, vocab]"""
-    return model(ids[None]).logits[0]
-
-
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_logits_are_those_of_the_whole_model(make: Make, family: str) -> None:
     path, model = make(family)
-    ids = random_ids(45)
+    ids = random_ids(45, low=3)
     assert read_config(path).family == "adapter"
     whole = Chain(path, 1).decode(ids, 21, [7, 3, 12])
     assert (whole - reference(model, ids)).abs().max() < BOUND
@@ -88,10 +73,10 @@ def test_logits_are_those_of_the_whole_model(make: Make, family: str) -> None:
 def test_rows_of_different_lengths_and_chunks(make: Make, family: str) -> None:
     path, model = make(family)
     lengths, chain = (1, 5, 16, 33), Chain(path, 2)
-    ids = [random_ids(n + 1, seed=n) for n in lengths]
+    ids = [random_ids(n + 1, seed=n, low=3) for n in lengths]
     tables = [list(range(4 * i, 4 * i + 4)) for i in range(4)]
     chain.forward([Row(0, n, t) for n, t in zip(lengths, tables, strict=True)], torch.cat([s[:-1] for s in ids]))
-    late = random_ids(40, seed=99)
+    late = random_ids(40, seed=99, low=3)
     chain.forward([Row(0, 13, [20, 21, 22])], late[:13])
     rows = [Row(n, 1, table) for n, table in zip(lengths, tables, strict=True)]
     rows.insert(2, Row(13, 20, [20, 21, 22]))  # a later chunk of a prompt between rows that decode
@@ -111,7 +96,7 @@ def test_only_rows_that_are_told_their_positions_share_a_call(
     span, ran = Span.load(make(family)[0], 0, 4, blocks=4), []
     run = Adapter._run
     monkeypatch.setattr(Adapter, "_run", lambda self, rows, x: (ran.append(len(rows)), run(self, rows, x)))
-    span.forward([Row(0, 1, [0]), Row(0, 5, [1]), Row(0, 1, [2]), Row(0, 1, [3])], random_ids(8))
+    span.forward([Row(0, 1, [0]), Row(0, 5, [1]), Row(0, 1, [2]), Row(0, 1, [3])], random_ids(8, low=3))
     assert len(ran) == calls and sum(ran) == 4
 
 
@@ -119,7 +104,7 @@ def test_only_rows_that_are_told_their_positions_share_a_call(
 def test_our_own_blocks_agree_with_the_adapter(make: Make, family: str) -> None:
     """Also where only one span of a pipeline has it: hidden states mean the same."""
     path, _ = make(family)
-    ids, rows = random_ids(40), [Row(0, 40, [2, 0, 1])]
+    ids, rows = random_ids(40, low=3), [Row(0, 40, [2, 0, 1])]
     ours = [Span.load(path, first, first + 2, blocks=4) for first in (0, 2)]
     theirs = [Span.load(path, first, first + 2, blocks=4, adapter=True) for first in (0, 2)]
     hidden = ours[0].forward(rows, ids)
@@ -136,7 +121,7 @@ def test_ffn_input_is_what_enters_the_last_mlp(make: Make, family: str, mlp: str
     seen: list[Tensor] = []
     last_mlp = getattr(model.get_submodule(layers)[-1], mlp)
     hook = last_mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].view(-1, HIDDEN)))
-    ids = random_ids(30)
+    ids = random_ids(30, low=3)
     reference(model, ids)
     hook.remove()
     first, last = Chain(path, 2).spans
@@ -165,7 +150,7 @@ def test_a_span_holds_its_own_layers_alone(make: Make, family: str) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_stays_near(make: Make, dtype: str) -> None:
     path, model = make("stablelm")
-    ids, span = random_ids(30), Span.load(path, 0, 4, dtype=dtype, blocks=4)
+    ids, span = random_ids(30, low=3), Span.load(path, 0, 4, dtype=dtype, blocks=4)
     span.forward([Row(0, 29, [1, 0])], ids[:29])
     hidden = span.forward([Row(29, 1, [1, 0])], ids[29:])
     assert hidden.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
@@ -184,7 +169,7 @@ def test_sizes_blocks_and_progress(make: Make) -> None:
     assert (config.eos_ids, config.bos_id, span.blocks) == ((2,), 1, 5)
     assert span.kv_bytes_per_block == 3 * 16 * 2 * config.kv_heads * config.head_dim * 4
     with pytest.raises(ValueError, match="one of the 5 blocks"):
-        span.forward([Row(0, 1, [5])], random_ids(1))
+        span.forward([Row(0, 1, [5])], random_ids(1, low=3))
     with pytest.raises(ValueError, match="only the last span"):
         span.head(torch.zeros(1, HIDDEN))
 
@@ -194,7 +179,7 @@ def test_a_checkpoint_of_the_model_below_the_head(make: Make, tmp_path: Path) ->
     path, model = make("bloom")
     model.base_model.save_pretrained(tmp_path)
     assert "h.0.input_layernorm.weight" in Checkpoint(tmp_path)
-    ids = random_ids(20)
+    ids = random_ids(20, low=3)
     assert torch.equal(Chain(tmp_path, 2).decode(ids, 20, [0, 1]), Chain(path, 2).decode(ids, 20, [0, 1]))
 
 
@@ -286,5 +271,5 @@ def test_an_unknown_model_type(tmp_path: Path) -> None:
 def test_nothing_of_the_oracle_is_ours(make: Make) -> None:
     """The reference of these tests is the checkpoint as transformers itself loads it."""
     path, model = make("gpt_neox")
-    ids = random_ids(9)
+    ids = random_ids(9, low=3)
     assert torch.equal(reference(AutoModelForCausalLM.from_pretrained(path).eval(), ids), reference(model, ids))

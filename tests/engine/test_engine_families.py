@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from chain import Chain
-from checkpoints import CONTEXT, FAMILIES, VOCAB, tiny, tiny_model
+from chain import Chain, random_ids, reference
+from checkpoints import CONTEXT, FAMILIES, tiny, tiny_model
 from ralmq.workers.engine.checkpoint import Checkpoint
 from ralmq.workers.engine.config import read_config
 from ralmq.workers.engine.families import Loader
@@ -36,21 +36,6 @@ WINDOWED: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_text", {"sliding_window": 17}),
     ("gemma3_text", {"layer_types": ["sliding_attention"]}),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def random_ids(n: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, VOCAB, (n,), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def reference(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """[n, vocab]"""
-    return model(ids[None]).logits[0]
 
 
 def made(path: Path, family: str, changes: dict[str, Any]) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from chain import Chain
+from chain import Chain, random_ids, reference
 from checkpoints import CONTEXT, FAMILIES, HIDDEN, VOCAB, tiny_model
 from ralmq.workers.engine.checkpoint import Checkpoint, Entry
 from ralmq.workers.engine.span import Row, Span
@@ -32,21 +32,6 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         return path, model
 
     return made
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def random_ids(n: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, VOCAB, (n,), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def reference(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """[n, vocab]"""
-    return model(ids[None]).logits[0]
 
 
 @pytest.mark.parametrize("tied", [True, False])
