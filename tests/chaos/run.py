@@ -43,6 +43,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 STAGES, CLIENTS = 2, 4
 KINDS = {"kill": 4, "stop": 2, "cut": 3, "hold": 2}  # how often each
 SETTLE = 90.0  # seconds in which everything must be at rest at the end
+BEAT = 1.0
 
 
 @dataclass
@@ -53,6 +54,7 @@ class World:
     proxies: dict[str, Proxy] = field(default_factory=dict)
     clients: list[Client] = field(default_factory=list)
     busy: set[str] = field(default_factory=set)  # processes that are stopped or held now
+    replayed: dict[int, int] = field(default_factory=dict)  # tokens, as each generator last told
 
 
 @asynccontextmanager
@@ -142,13 +144,17 @@ async def at_rest(made: World) -> list[str]:
     return left
 
 
+def missing(made: World, status: dict[str, Any]) -> list[str]:
+    known = {worker["pid"] for worker in status["workers"]}
+    found = [f"{n} is not back" for n, c in made.cluster.children.items() if n != "broker" and c.pid not in known]
+    return found + [f"{pipeline['model']} is not formed" for pipeline in status["pipelines"] if not pipeline["formed"]]
+
+
 def leaks(made: World, status: dict[str, Any]) -> list[str]:
     found: list[str] = []
     if status["broker"]["open_requests"]:
         found.append(f"{status['broker']['open_requests']} requests are open")
-    known = {worker["pid"] for worker in status["workers"]}
-    found += [f"{n} is not back" for n, c in made.cluster.children.items() if n != "broker" and c.pid not in known]
-    found += [f"{pipeline['model']} is not formed" for pipeline in status["pipelines"] if not pipeline["formed"]]
+    found += missing(made, status)
     for worker in status["workers"]:
         gauges = worker.get("gauges", {})
         held = gauges.get("kv_blocks", 0) - gauges.get("free_blocks", 0)
@@ -158,26 +164,46 @@ def leaks(made: World, status: dict[str, Any]) -> list[str]:
     return found
 
 
+async def watch(made: World) -> None:
+    """Keeps what generators tell, since they may end at any time."""
+    while True:
+        await asyncio.sleep(BEAT / 2)
+        with contextlib.suppress(ralmq.errors.RalmqError):
+            for worker in (await made.clients[0].status(deadline=2 * BEAT))["workers"]:
+                made.replayed[worker["pid"]] = worker.get("gauges", {}).get("replayed_tokens", 0)
+
+
+async def complete(made: World, wait: Wait) -> None:
+    """The fault's own pause is over and all processes are back, so that the next one meets a whole cluster."""
+    end = time.monotonic() + SETTLE
+    while time.monotonic() < end:
+        await asyncio.sleep(0.1)
+        with contextlib.suppress(ralmq.errors.RalmqError):
+            status = await made.clients[0].status(deadline=2 * BEAT)
+            if not wait.open and not made.busy and not missing(made, status):
+                return
+
+
 def descriptors(made: World) -> dict[int, int]:
     return {child.pid: len(os.listdir(f"/proc/{child.pid}/fd")) for child in made.cluster.children.values()}
 
 
-async def chaos(faults: int, seed: int, concurrency: int, pause: float, console: Console) -> bool:
-    chance = random.Random(seed)
+async def chaos(options: argparse.Namespace, console: Console) -> bool:
+    chance = random.Random(options.seed)
     waits: list[Wait] = []
     kinds: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="ralmq-chaos-") as folder:
         async with world(Path(folder)) as made:
             wanted = [(job, await answer(made.clients[0], job)) for job in jobs()]
             before = descriptors(made)
-            load = Load(made.clients, wanted, seed)
-            supervisor = asyncio.create_task(supervise(made.cluster))
-            running = [asyncio.create_task(load.run(place)) for place in range(concurrency)]
+            load = Load(made.clients, wanted, options.seed)
+            beside = [asyncio.create_task(task) for task in (supervise(made.cluster), watch(made))]
+            running = [asyncio.create_task(load.run(place)) for place in range(options.concurrency)]
             undoing: set[asyncio.Task[None]] = set()
             with Progress(console=console, transient=True) as progress:
-                bar = progress.add_task("faults", total=faults)
-                for _ in range(faults):
-                    await asyncio.sleep(chance.uniform(0.2, 2 * pause))
+                bar = progress.add_task("faults", total=options.faults)
+                for _ in range(options.faults):
+                    await asyncio.sleep(chance.uniform(0.2, 2 * options.pause))
                     what, undo = await strike(made, chance)
                     waits.append(load.fault(what))
                     kinds[what.split("-")[0]] += 1
@@ -185,23 +211,21 @@ async def chaos(faults: int, seed: int, concurrency: int, pause: float, console:
                         undoing.add(task := asyncio.create_task(undo))
                         task.add_done_callback(undoing.discard)
                     progress.update(bar, advance=1, description=what)
+                    if options.apart:
+                        await complete(made, waits[-1])
             load.over = True
             await asyncio.gather(*running)
             await asyncio.gather(*undoing)
             left = await at_rest(made)
             after = descriptors(made)
-            supervisor.cancel()
+            for task in beside:
+                task.cancel()
             grown = {
                 pid: after[pid] - count for pid, count in before.items() if pid in after and after[pid] > count + 8
             }
             logs = [line for log in (Path(folder) / "logs").glob("*.log") for line in tracebacks(log)]
-    return show(
-        load,
-        waits,
-        kinds,
-        [*left, *[f"process {pid} has {n} more descriptors" for pid, n in grown.items()], *logs],
-        console,
-    )
+    left += [f"process {pid} has {n} more descriptors" for pid, n in grown.items()]
+    return show(load, waits, kinds, [*left, *logs], sum(made.replayed.values()), console)
 
 
 def tracebacks(log: Path) -> list[str]:
@@ -209,7 +233,7 @@ def tracebacks(log: Path) -> list[str]:
     return [f"{log.stem}: {line}" for line in lines if line.startswith("Traceback")]
 
 
-def show(load: Load, waits: list[Wait], kinds: Counter[str], left: list[str], console: Console) -> bool:
+def show(load: Load, waits: list[Wait], kinds: Counter[str], left: list[str], again: int, console: Console) -> bool:
     tally = load.tally
     table = Table("what", "count", title=f"{sum(kinds.values())} faults", title_justify="left")
     rows: list[tuple[str, object]] = [(kind, count) for kind, count in sorted(kinds.items())]
@@ -219,10 +243,12 @@ def show(load: Load, waits: list[Wait], kinds: Counter[str], left: list[str], co
         ("given up on purpose", tally.given_up),
     ]
     rows += [("lost", len(tally.lost)), ("doubled", tally.doubled), ("wrong", tally.wrong), ("tokens", tally.tokens)]
-    for kind in sorted({wait.kind.split()[0] for wait in waits}):
-        times = sorted(wait.seconds for wait in waits if wait.kind.startswith(kind))
+    rows.append(("tokens that pipelines were given again, as far as told", again))
+    for kind in sorted({wait.kind.split("-")[0] for wait in waits}):
+        times = sorted(wait.seconds for wait in waits if wait.kind.split("-")[0] == kind)
         high = times[min(len(times) - 1, int(len(times) * 0.99))]
-        rows.append((f"longest wait after a {kind}, s: p50, p99", f"{statistics.median(times):.2f}, {high:.2f}"))
+        what = f"longest wait after a {kind} ({len(times)}), beats of {BEAT:g} s: p50, p99"
+        rows.append((what, f"{statistics.median(times) / BEAT:.2f}, {high / BEAT:.2f}"))
     rows.append(("leaks", len(left)))
     for name, value in rows:
         table.add_row(name, str(value))
@@ -238,10 +264,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--pause", type=float, default=1.5, help="seconds between faults, on the average")
+    parser.add_argument("--apart", action="store_true", help="each fault after the last one's recovery, to measure it")
     options = parser.parse_args()
     console = Console()
     console.print(f"seed {options.seed}")
-    good = asyncio.run(chaos(options.faults, options.seed, options.concurrency, options.pause, console))
+    good = asyncio.run(chaos(options, console))
     return 0 if good else 1
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 from ...client.stream import Stream
 from ...schema.errors import Refused, WorkerFailed
 from ...schema.limits import MAX_TOKEN_ID
+from ...schema.message import Beat
 from ..base import Answer, Request, Worker
 from ..models import resolve
 from ..params import Task
@@ -39,6 +41,7 @@ class Generator(Worker):
         self._path = path / "tokenizer.json"
         self._tokenizer: Tokenizer | None = None
         self._suspects = asyncio.Lock()
+        self._replayed = 0  # tokens that went to a pipeline again
 
     @property
     def services(self) -> tuple[str, ...]:
@@ -58,6 +61,9 @@ class Generator(Worker):
             tokenizer.no_truncation()  # a prompt that is too long is refused, not cut in silence
             tokenizer.no_padding()
             self._tokenizer = tokenizer
+
+    def beat(self, beat: Beat) -> Beat:
+        return replace(beat, gauges={"replayed_tokens": self._replayed})
 
     def handle(self, request: Request) -> Any:
         return self._embed(request) if request.service.startswith("embed:") else self._generate(request)
@@ -158,6 +164,8 @@ class Generator(Worker):
         """A request to the pipeline on behalf of one that came here; `again` where its stages were lost, and may be
         away for a while."""
         left = self._left(request)
+        if again:
+            self._replayed += len(ids)
         return self.host.client.stream(
             f"lm:{self._model}",
             body,
