@@ -53,8 +53,8 @@ async def _build(
     from tokenizers import Tokenizer
 
     from ..client.client import connect
-    from ..workers.index.datastore import build_datastore
-    from ..workers.index.sources import read_documents
+    from ..workers.datastore.build import build_datastore
+    from ..workers.datastore.sources import read_documents
     from ..workers.models import resolve
 
     called, directory = resolve(model)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..client.results import Token
-from ..workers.index.evaluate import HeldOut, Neighbours, knn_bits, model_bits, trigram_bits
-from ..workers.index.ngram import Trigram
+from ..workers.datastore.evaluate import HeldOut, Neighbours, knn_bits, model_bits, trigram_bits
+from ..workers.datastore.ngram import Trigram
 
 LAMBDAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TEMPERATURES = (1.0, 3.0, 10.0, 30.0, 100.0)

@@ -24,11 +24,11 @@ from ..client.results import Token
 from ..cluster.child import last_line
 from ..cluster.cluster import Cluster
 from ..schema.errors import DeadlineExceeded, Refused, WorkerFailed
-from ..workers.index.datastore import build_datastore
-from ..workers.index.evaluate import HeldOut, retrieve, score_held_out
-from ..workers.index.ngram import Trigram
-from ..workers.index.sources import Document
-from ..workers.index.tokenized import tokenize
+from ..workers.datastore.build import build_datastore
+from ..workers.datastore.evaluate import HeldOut, retrieve, score_held_out
+from ..workers.datastore.ngram import Trigram
+from ..workers.datastore.sources import Document
+from ..workers.datastore.tokenized import tokenize
 from ..workers.models import resolve
 from . import measure, show
 from .texts import Shares, Texts, folder_texts, numpy_texts

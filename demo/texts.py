@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..workers.index.sources import Document, SourceError, read_documents
+from ..workers.datastore.sources import Document, SourceError, read_documents
 from . import corpus
 
 if TYPE_CHECKING:

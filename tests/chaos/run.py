@@ -33,8 +33,8 @@ from proxy import Proxy  # noqa: E402
 from ralmq.client.client import Client  # noqa: E402
 from ralmq.cluster.cluster import Cluster  # noqa: E402
 from ralmq.cluster.supervise import supervise  # noqa: E402
-from ralmq.workers.index.datastore import build_datastore  # noqa: E402
-from ralmq.workers.index.sources import Document  # noqa: E402
+from ralmq.workers.datastore.build import build_datastore  # noqa: E402
+from ralmq.workers.datastore.sources import Document  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from ralmq.client.results import Token
 from ralmq.demo.measure import Pair, Row, Slices, alone, knn, meaning, used
-from ralmq.workers.index.evaluate import HeldOut, Neighbours
-from ralmq.workers.index.score import ModelInfo, Scored
+from ralmq.workers.datastore.evaluate import HeldOut, Neighbours
+from ralmq.workers.datastore.score import ModelInfo, Scored
 from ralmq.workers.index.stream import TokenStream
 
 N, K = 400, 4

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from ralmq.demo import texts
 from ralmq.demo.texts import Shares, Texts, folder_texts, numpy_texts, opening
-from ralmq.workers.index.sources import SourceError
+from ralmq.workers.datastore.sources import SourceError
 from ralmq.workers.models import resolve
 from tokenizers import Tokenizer
 

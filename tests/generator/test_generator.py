@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from ralmq.client.client import Client
 from ralmq.errors import NoService, RalmqError, Refused
+from ralmq.workers.datastore.build import build_datastore
+from ralmq.workers.datastore.sources import Document
 from ralmq.workers.generator.worker import Generator
-from ralmq.workers.index.datastore import build_datastore
-from ralmq.workers.index.sources import Document
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.worker import Index
 from ralmq.workers.options import build

@@ -10,9 +10,9 @@ import pytest
 from ralmq.errors import Poisoned, WorkerLost
 from ralmq.schema.limits import LOSSES
 from ralmq.workers.base import Worker
+from ralmq.workers.datastore.build import build_datastore
+from ralmq.workers.datastore.sources import Document
 from ralmq.workers.generator.worker import Generator
-from ralmq.workers.index.datastore import build_datastore
-from ralmq.workers.index.sources import Document
 from ralmq.workers.index.worker import Index
 from ralmq.workers.stage.worker import Stage
 from serving import until

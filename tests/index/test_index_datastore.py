@@ -11,16 +11,16 @@ import pytest
 from index_scorer import Parts, Scorer, Spoil, reply
 from ralmq.client.results import Reply
 from ralmq.schema.errors import Busy, Refused, WorkerFailed, WorkerLost
-from ralmq.workers.index import datastore
-from ralmq.workers.index.datastore import build_datastore
+from ralmq.workers.datastore import build as datastore
+from ralmq.workers.datastore.build import build_datastore
+from ralmq.workers.datastore.evaluate import evaluate_bits, model_bits, retrieve, score_held_out, trigram_bits
+from ralmq.workers.datastore.ngram import Trigram
+from ralmq.workers.datastore.score import ScoreError, describe, score
+from ralmq.workers.datastore.sources import Document, SourceError
+from ralmq.workers.datastore.tokenized import tokenize
 from ralmq.workers.index.directory import OutputError
-from ralmq.workers.index.evaluate import evaluate_bits, model_bits, retrieve, score_held_out, trigram_bits
-from ralmq.workers.index.ngram import Trigram
-from ralmq.workers.index.score import ScoreError, describe, score
-from ralmq.workers.index.sources import Document, SourceError
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.stream import TokenStream
-from ralmq.workers.index.tokenized import tokenize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 RNG = np.random.default_rng(5)

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from ralmq.workers.index.evaluate import Neighbours
-from ralmq.workers.index.knn_eval import bits_per_byte, knn_log_probability, knn_target_probability, mix
+from ralmq.workers.datastore.evaluate import Neighbours
+from ralmq.workers.datastore.knn_eval import bits_per_byte, knn_log_probability, knn_target_probability, mix
 
 
 def by_hand(distances: np.ndarray, values: np.ndarray, target: int, temperature: float) -> float:

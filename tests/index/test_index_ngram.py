@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from ralmq.workers.index.ngram import Trigram
+from ralmq.workers.datastore.ngram import Trigram
 
 VOCAB = 11
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from ralmq.workers.index.sources import SourceError, read_documents
+from ralmq.workers.datastore.sources import SourceError, read_documents
 
 
 def test_a_folder_is_read_in_order(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from ralmq.workers.datastore.windows import windows
 from ralmq.workers.index.stream import TokenStream
-from ralmq.workers.index.windows import windows
 
 
 def of(*lengths: int) -> TokenStream:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from ralmq.client.client import Client
 from ralmq.errors import DeadlineExceeded, NoService, RalmqError, Refused
+from ralmq.workers.datastore.build import build_datastore
+from ralmq.workers.datastore.sources import Document
 from ralmq.workers.index.answer import MAX_PAYLOADS
-from ralmq.workers.index.datastore import build_datastore
-from ralmq.workers.index.sources import Document
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.writer import write_index
 from ralmq.workers.stage.last import PASSAGES

@@ -10,13 +10,13 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ...client.client import Client
-from .directory import check_replaceable
-from .manifest import Manifest
-from .progress import Progress, silent
+from ..index.directory import check_replaceable
+from ..index.manifest import Manifest
+from ..index.progress import Progress, silent
+from ..index.writer import OWN_FILES, check_name, write_index
 from .score import IN_FLIGHT, score
 from .sources import Document
 from .tokenized import tokenize
-from .writer import OWN_FILES, check_name, write_index
 
 
 class _Stopped(Exception):

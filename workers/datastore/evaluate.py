@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 
 from ...client.client import Client
 from ...schema.errors import Refused, WorkerFailed
+from ..index.progress import Progress, silent
 from .knn_eval import bits_per_byte, knn_log_probability, mix
 from .ngram import Trigram
-from .progress import Progress, silent
 from .score import IN_FLIGHT, Scored, score
 from .sources import Document
 from .tokenized import tokenize

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .stream import TokenStream
+from ..index.stream import TokenStream
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from ..index.stream import TokenStream
 from .sources import Document, SourceError
-from .stream import TokenStream
 
 _DOCUMENTS_AT_ONCE = 64
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from ...client.client import Client
 from ...client.results import Reply
 from ...schema.errors import Refused, WorkerFailed
-from .progress import Progress, silent
-from .stream import TokenStream
+from ..index.progress import Progress, silent
+from ..index.stream import TokenStream
 from .windows import Window, windows
 
 MAX_WINDOW = 1024
