@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ..client.client import Client, connect
 from ..cluster.local import local_cluster
-from ..workers.index.score import describe
+from ..workers.datastore.score import describe
 from ..workers.index.stream import TokenStream
 from ..workers.index.writer import write_index
 from .command import run

@@ -14,8 +14,8 @@ import torch
 from checkpoints import FAMILIES, VOCAB, tiny
 from checks import Line, check
 from ralmq.client.client import Client
-from ralmq.workers.index.datastore import build_datastore
-from ralmq.workers.index.sources import Document
+from ralmq.workers.datastore.build import build_datastore
+from ralmq.workers.datastore.sources import Document
 from serving import Process, broker, free_url, until, worker
 from stage.offline import Offline
 from stage.pipelines import MODEL, Answered, cluster, generated, prompts, scored, stages
