@@ -29,8 +29,9 @@ def too_late(record: Record, pipelines: Pipelines) -> DeadlineExceeded:
     return DeadlineExceeded(f"{where}: raise the deadline, or start more workers")
 
 
-def lost(record: Record, worker: str, reason: str) -> WorkerLost:
-    return WorkerLost(f"worker {worker} of {record.service.name} {reason}: ask again")
+def lost(record: Record, worker: str, reason: str, gone: str) -> WorkerLost:
+    """`gone`: the worker that was lost, which may be another stage of the pipeline that `worker` leads."""
+    return WorkerLost(f"worker {worker} of {record.service.name} {reason}: ask again", worker=gone)
 
 
 def unrepeatable(record: Record) -> WorkerLost:

@@ -6,8 +6,8 @@ How a request changes is in transitions.py.
 from collections.abc import Callable
 from typing import Any
 
-from ..schema.codec import decode
-from ..schema.errors import Malformed, Poisoned, RalmqError, Refused, RequestCancelled
+from ..schema.codec import decode, encode
+from ..schema.errors import Malformed, Poisoned, RalmqError, Refused, RequestCancelled, WorkerFailed
 from ..schema.frame import Prefix, restamped
 from ..schema.limits import MAX_ACTIVE, MAX_ATTEMPT
 from ..schema.message import Active, Credit, Error, Final, Gone, Kind, Release
@@ -146,10 +146,10 @@ class Requests(Transitions):
             return
         assert record.worker is not None
         owner = record.worker
+        if prefix.kind == Kind.ERROR:
+            frames = self._failed(now, record, prefix, frames)
         self._forward(record, prefix, frames)
         record.service.finished += 1
-        if prefix.kind == Kind.ERROR:
-            self._failed(now, record, decode(frames)[1])
         self._end(now, record)
         self._spare(now, owner)
 
@@ -173,7 +173,7 @@ class Requests(Transitions):
             self._tell(worker, Gone("this attempt is over"), identity, leg)
             if worker.ending.pop((identity, leg), None) is None:  # one may end others, which are there from then on
                 lost = worker.serving.pop(identity)
-                self._bereave(now, lost, worker, "does not know this request any more")
+                self._bereave(now, lost, worker, "does not know this request any more", worker)
             self._spare(now, worker)
 
     # -- from the roster and the clock
@@ -186,11 +186,14 @@ class Requests(Transitions):
             record.wait = max(record.wait, until)
             self._remind(record)
 
-    def lose_worker(self, now: float, worker: Peer, reason: str) -> None:
-        """Requests of a lost worker go to another where that is harmless, and fail otherwise; nothing is sent to it."""
+    def lose_worker(self, now: float, worker: Peer, reason: str, gone: Peer) -> None:
+        """Requests of a lost worker go to another where that is harmless, and fail otherwise; nothing is sent to it.
+
+        `gone` is the worker itself, or a stage of the pipeline that it leads.
+        """
         while worker.serving:  # one may end others
             record = worker.serving.pop(next(iter(worker.serving)))
-            self._bereave(now, record, worker, reason)
+            self._bereave(now, record, worker, reason, gone)
         worker.ending.clear()
         worker.load = 0
         worker.alone = False
@@ -299,11 +302,22 @@ class Requests(Transitions):
         self._stop(record, Release())
         self._end(now, record)
 
-    def _failed(self, now: float, record: Record, error: Error) -> None:
-        """A worker says that a request failed; what it found to be poison is listed, without contents."""
+    def _failed(self, now: float, record: Record, prefix: Prefix, frames: Frames) -> Frames:
+        """A worker says that a request failed; what it found to be poison is listed, without contents.
+
+        One that cannot be read ends the request as well: the asker gets an ERROR that can.
+        """
+        try:
+            error: Error = decode(frames)[1]
+        except Malformed as cause:
+            self.counts[cause.code] += 1
+            text = f"a worker of {record.service.name} failed, and what it says cannot be read: {cause.message}"
+            error = Error(WorkerFailed.code, text)
+            return encode(error, id=prefix.id, attempt=prefix.attempt, epoch=self._epoch)
         if error.code == Poisoned.code:
             self.counts[error.code] += 1
             self.quarantine.add(now, record, error.message, [])
+        return frames
 
     def _forward(self, record: Record, prefix: Prefix, frames: Frames) -> None:
         if prefix.attempt != record.attempt:

@@ -100,11 +100,11 @@ class Roster:
         self._requests.lose_asker(now, peer)
         if pipeline is not None:
             self._stop_offering(pipeline.leader)
-            self._requests.lose_worker(now, pipeline.leader, f"lost {peer.name}, which {reason}")
+            self._requests.lose_worker(now, pipeline.leader, f"lost {peer.name}, which {reason}", peer)
             self._dissolve(now, pipeline, "a stage is lost", gone=peer)
         elif peer.works:
             self._stop_offering(peer)
-        self._requests.lose_worker(now, peer, reason)
+        self._requests.lose_worker(now, peer, reason, peer)
         self._forget(now, peer)
 
     def beat(self, now: float, peer: Peer, beat: Beat) -> None:

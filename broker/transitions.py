@@ -59,7 +59,8 @@ class Transitions:
     def fail(self, now: float, record: Record, error: RalmqError) -> None:
         """Ends a request with an ERROR to its asker; a worker that serves it is told to stop."""
         self.counts[error.code] += 1
-        self._tell(record.asker, Error(error.code, error.message[:2000]), record.id, record.attempt)
+        said = Error(error.code, error.message[:2000], worker=error.worker)
+        self._tell(record.asker, said, record.id, record.attempt)
         self._stop(record, Cancel(error.code))
         self._end(now, record)
 
@@ -81,12 +82,12 @@ class Transitions:
             service.queue.push(record)
         self.queued_bytes += record.size
 
-    def _bereave(self, now: float, record: Record, worker: Peer, reason: str) -> None:
+    def _bereave(self, now: float, record: Record, worker: Peer, reason: str, gone: Peer) -> None:
         """A request has lost its worker: it goes on as a suspect, under another leg, or ends."""
         record.worker = None
         record.losses += 1
         if not worker.hello.idempotent or record.leg >= MAX_ATTEMPT:
-            self.fail(now, record, lost(record, worker.name, reason))
+            self.fail(now, record, lost(record, worker.name, reason, gone.name))
         elif record.losses >= self._limits.tries:
             error = poisoned(record, worker.name, reason)
             self.quarantine.add(now, record, error.message, record.frames)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
 import numpy as np
 
-from ..schema.errors import Poisoned, Refused, WorkerLost
-from ..schema.limits import LOSSES, MAX_TOKEN_ID
+from ..schema.errors import Refused, WorkerLost
+from ..schema.limits import MAX_TOKEN_ID
+from .losses import Losses
 from .results import Alternative, Token
 from .stream import Stream
 
@@ -89,6 +90,7 @@ class Generation:
 
     Args:
         ask: sends the request with these fields added to its body.
+        alive: names of the workers that the broker knows.
         n: texts that are asked for.
 
     Attributes (after the end):
@@ -97,13 +99,15 @@ class Generation:
         usage: prompt_tokens, completion_tokens, and the seed that was used; with n > 1 the seeds of each text.
     """
 
-    def __init__(self, ask: Callable[[dict[str, Any]], Stream], n: int = 1) -> None:
+    def __init__(
+        self, ask: Callable[[dict[str, Any]], Stream], alive: Callable[[], Awaitable[set[str]]], n: int = 1
+    ) -> None:
         self._ask = ask
         self._stream = ask({})
         self._made: list[list[int]] = [[] for _ in range(n)]
         self._ended = [""] * n
         self._seen = [-1] * n  # highest position of each text, those of an echoed prompt included
-        self._losses = 0
+        self._losses = Losses(alive)
         self._tail = False
         self.finish_reason = ""
         self.finish_reasons: dict[int, str] = {}
@@ -121,7 +125,8 @@ class Generation:
             except StopAsyncIteration:
                 return self._end()
             except WorkerLost as lost:
-                self._again(lost)
+                await self._losses.add(lost, "its generators were")
+                self._stream = self._ask({"made": self._made, "ended": self._ended})
             else:
                 if self._new(body):
                     return _token(body)
@@ -141,25 +146,10 @@ class Generation:
             return False
         self._seen[index] = body["position"]
         if not body.get("echo"):
-            self._losses = 0
+            self._losses.clear()
             self._made[index].append(token)
             self._ended[index] = body.get("ended", "")
         return True
-
-    def _again(self, lost: WorkerLost) -> None:
-        """Asks another generator to go on.
-
-        Raises:
-            Poisoned: it was lost each time before a token came.
-        """
-        self._losses += 1
-        if self._losses >= LOSSES:
-            raise Poisoned(
-                f"its generator was lost {self._losses} times in a row before a token came ({lost.message}): "
-                "see its log, and change the request before it is asked again",
-                request_id=lost.request_id,
-            ) from lost
-        self._stream = self._ask({"made": self._made, "ended": self._ended})
 
     def _end(self) -> Token:
         """Text held back until the end comes as one last token of id -1."""

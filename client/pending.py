@@ -19,6 +19,7 @@ class Pending:
         frames: as sent, kept so that the request can be sent again after the broker came back.
         sent: how often it was sent; attempt = sent - 1.
         granted: parts that the other side was told it may send, counted from the first.
+        paced: the credit grows as parts are taken; else by `allow` alone.
         deadline: loop time at which it must have ended.
     """
 
@@ -31,6 +32,7 @@ class Pending:
         self.ended = False
         self.timer: asyncio.TimerHandle | None = None
         self.grant: Callable[[int], None] | None = None
+        self.paced = True
         self._parts: deque[Partial | Final | RalmqError] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self.granted = window
@@ -49,7 +51,9 @@ class Pending:
             return
         if isinstance(message, Error):
             after = message.retry_after_ms / 1000
-            self.end(error_of(message.code, message.message, request_id=self.id, retry_after=after))
+            self.end(
+                error_of(message.code, message.message, request_id=self.id, retry_after=after, worker=message.worker)
+            )
         elif isinstance(message, Final):
             self.end(message)
         else:
@@ -88,12 +92,17 @@ class Pending:
         part = self._parts.popleft()
         if isinstance(part, RalmqError):
             raise part
-        if isinstance(part, Partial) and self.window:
+        if isinstance(part, Partial) and self.window and self.paced:
             self._taken += 1
-            if self._taken + self.window - self.granted >= max(1, self.window // 2) and self.grant is not None:
-                self.granted = self._taken + self.window
-                self.grant(self.granted)
+            if self._taken + self.window - self.granted >= max(1, self.window // 2):
+                self.allow(self._taken + self.window)
         return part
+
+    def allow(self, until: int) -> None:
+        """The other side may send so many parts, counted from the first; it never shrinks."""
+        if until > self.granted and not self.ended and self.grant is not None:
+            self.granted = until
+            self.grant(until)
 
     def _put(self, part: Partial | Final | RalmqError) -> None:
         self._parts.append(part)

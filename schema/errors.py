@@ -11,17 +11,21 @@ class RalmqError(Exception):
         fault: who has to act: "caller", "worker" or "broker".
         retryable: whether the same request may succeed later, unchanged.
         request_id: 16 bytes, or None where no request was involved.
+        worker: name of the worker whose loss ended the request, where one was lost.
     """
 
     code: ClassVar[str] = "error"
     fault: ClassVar[str] = "broker"
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, request_id: bytes | None = None, retry_after: float = 0.0) -> None:
+    def __init__(
+        self, message: str, *, request_id: bytes | None = None, retry_after: float = 0.0, worker: str = ""
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.request_id = request_id
         self.retry_after = retry_after
+        self.worker = worker
 
     def __str__(self) -> str:
         return self.message if self.request_id is None else f"{self.message} [request {self.request_id.hex()}]"
@@ -127,6 +131,9 @@ CLASSES: Final[dict[str, type[RalmqError]]] = {
 }
 
 
-def error_of(code: str, message: str, *, request_id: bytes | None = None, retry_after: float = 0.0) -> RalmqError:
+def error_of(
+    code: str, message: str, *, request_id: bytes | None = None, retry_after: float = 0.0, worker: str = ""
+) -> RalmqError:
     """The error object for a code from the wire; a code of a later version becomes a plain RalmqError."""
-    return CLASSES.get(code, RalmqError)(message, request_id=request_id, retry_after=retry_after)
+    made = CLASSES.get(code, RalmqError)
+    return made(message, request_id=request_id, retry_after=retry_after, worker=worker)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from .checks import flag, identifier, in_body, integer, integers, list_of, mapping, maybe, note, routing, text
+from .checks import facts, flag, identifier, in_body, integer, integers, list_of, mapping, maybe, note, routing, text
 from .errors import Malformed
 from .limits import (
     FEATURES,
@@ -115,7 +115,7 @@ class Hello:
     capacity: Annotated[int, routing(NUMBER)] = 0
     idempotent: Annotated[bool, routing(flag)] = False
     stall_ms: Annotated[int, routing(NUMBER)] = 30_000
-    labels: Annotated[dict[str, Any], routing(mapping)] = field(default_factory=dict)
+    labels: Annotated[dict[str, Any], routing(facts)] = field(default_factory=dict)
     span: Annotated[Span | None, routing(maybe(_span))] = None
 
 
@@ -135,7 +135,7 @@ class Beat:
     progress: Annotated[int, routing(COUNTER)] = 0
     busy: Annotated[int, routing(NUMBER)] = 0
     active: Annotated[tuple[Active, ...], routing(list_of(_ACTIVE, MAX_ACTIVE))] = ()
-    gauges: Annotated[dict[str, Any], routing(mapping)] = field(default_factory=dict)
+    gauges: Annotated[dict[str, Any], routing(facts)] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +187,12 @@ class Final:
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """The end of an answer, in failure; `code` is one of errors.CLASSES."""
+    """The end of an answer, in failure; `code` is one of errors.CLASSES. `worker`: which one was lost."""
 
     code: Annotated[str, routing(text(64, 1))]
     message: Annotated[str, routing(note(MAX_ERROR_TEXT))] = ""
     retry_after_ms: Annotated[int, routing(NUMBER)] = 0
+    worker: Annotated[str, routing(note(MAX_NAME))] = ""
 
 
 @dataclass(frozen=True, slots=True)

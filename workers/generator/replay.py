@@ -1,16 +1,14 @@
 """One text over `lm:<model>`, asked for again from where it was when a stage is lost. Knows tokens, no text."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
+from ...client.losses import Losses
 from ...client.stream import Stream
-from ...schema.errors import Poisoned, WorkerLost
-from ...schema.limits import LOSSES
+from ...schema.errors import WorkerLost
 from ..params import Task
 from .options import wire
-
-SUSPECT = LOSSES - 1  # losses after which a text runs alone
 
 
 class Ask(Protocol):
@@ -31,12 +29,21 @@ class Replay:
         prompt: its ids.
         made: ids that are there already; grows.
         suspects: held by the one suspect that runs.
+        alive: names of the workers that the broker knows.
 
     Attributes:
         ended: "stop" or "length", once it has ended by itself.
     """
 
-    def __init__(self, ask: Ask, task: Task, prompt: Sequence[int], made: list[int], suspects: asyncio.Lock) -> None:
+    def __init__(
+        self,
+        ask: Ask,
+        task: Task,
+        prompt: Sequence[int],
+        made: list[int],
+        suspects: asyncio.Lock,
+        alive: Callable[[], Awaitable[set[str]]],
+    ) -> None:
         self.ended = ""
         self._ask = ask
         self._task = task
@@ -44,7 +51,7 @@ class Replay:
         self._made = made
         self._suspects = suspects
         self._alone = False
-        self._losses = 0
+        self._losses = Losses(alive)
 
     async def parts(self) -> AsyncGenerator[dict[str, Any], None]:
         """Bodies of the tokens, each position once, in order.
@@ -61,40 +68,31 @@ class Replay:
                     async for body in self._attempt():
                         yield body
                 except WorkerLost as lost:
-                    self._lost(lost)
+                    self._cleared()
+                    if not self.ended:
+                        await self._losses.add(lost, "its stages were")
         finally:
             self._cleared()
 
     async def _attempt(self) -> AsyncGenerator[dict[str, Any], None]:
         made = self._made
-        if self._losses >= SUSPECT:
+        if self._losses.suspect:
             await self._suspects.acquire()
             self._alone = True
         task = self._task.model_copy(update={"max_tokens": self._task.max_tokens - len(made)})
         if made:
             task = task.model_copy(update={"prompt": len(self._prompt)})
-        again = bool(made or self._losses)
+        again = bool(made or self._losses.count)
         async with self._ask(wire(task), [*self._prompt, *made], again=again) as stream:
             async for part in stream:
                 if part.body["position"] != len(self._prompt) + len(made):
                     continue  # it is here already
                 made.append(part.body["token"])
-                self._losses = 0
+                self._losses.clear()
                 self._cleared()
                 self.ended = part.body.get("ended", "")
                 yield part.body
         self.ended = self.ended or "length"
-
-    def _lost(self, lost: WorkerLost) -> None:
-        self._cleared()
-        if self.ended:
-            return
-        self._losses += 1
-        if self._losses >= LOSSES:
-            raise Poisoned(
-                f"its stages were lost {self._losses} times in a row before a token came ({lost.message}): "
-                "see their logs, and change the request before it is asked again"
-            ) from lost
 
     def _cleared(self) -> None:
         if self._alone:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from ...client.losses import names_of
 from ...client.stream import Stream
 from ...schema.errors import Refused, WorkerFailed
 from ...schema.limits import MAX_TOKEN_ID
@@ -118,7 +119,10 @@ class Generator(Worker):
         end["position"] = len(ids) + len(made) - 1 if made else len(ids)
         reason: str = options.ended[place] if options.ended else ""
         if not reason and not text.stopped:
-            replay = Replay(partial(self._lm, request=request), task, ids, made, self._suspects)
+            # One text is a part a token: the pipeline may be as far ahead of its reader as this generator, no further.
+            first = len(made) + (0 if options.echo else len(ids)) if options.n == 1 else None
+            ask = partial(self._lm, request=request, first=first)
+            replay = Replay(ask, task, ids, made, self._suspects, self._workers)
             async with aclosing(replay.parts()) as bodies:
                 async for body in bodies:
                     end["position"] = body["position"]
@@ -160,13 +164,24 @@ class Generator(Worker):
         ]
         return {**body, "top_logprobs": top}
 
-    def _lm(self, body: dict[str, Any], ids: Sequence[int], request: Request, again: bool = False) -> Stream:
-        """A request to the pipeline on behalf of one that came here; `again` where its stages were lost, and may be
-        away for a while."""
+    def _lm(
+        self, body: dict[str, Any], ids: Sequence[int], request: Request, again: bool = False, first: int | None = None
+    ) -> Stream:
+        """A request to the pipeline on behalf of one that came here.
+
+        Args:
+            again: its stages were lost, and may be away for a while.
+            first: ids before the first part of the answer, if each part is one of what the pipeline gives: then the
+                credit of the answer's reader, less what was sent, is that of the pipeline.
+        """
         left = self._left(request)
         if again:
             self._replayed += len(ids)
-        return self.host.client.stream(
+
+        def credit() -> int:
+            return max(1, request.until - (len(ids) - (first or 0))) if request.until else 0
+
+        stream = self.host.client.stream(
             f"lm:{self._model}",
             body,
             tensors=[np.asarray(ids, np.int32)],
@@ -175,7 +190,14 @@ class Generator(Worker):
             priority=request.priority,
             retries=RETRIES,
             wait_service=left if again else 0.0,
+            credit=None if first is None else credit,
         )
+        if first is not None:
+            request.granted = stream.granted
+        return stream
+
+    async def _workers(self) -> set[str]:
+        return names_of(await self.host.client.status())
 
     async def _embed(self, request: Request) -> Answer:
         """Texts to vectors [texts, d]: the hidden state of each text's last token at the last layer's FFN input."""

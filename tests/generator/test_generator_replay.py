@@ -1,0 +1,89 @@
+"""A text's replay over lost stages: which losses condemn it. No socket: the pipeline is a list of what it does."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+from ralmq.client.losses import MOST
+from ralmq.client.results import Reply
+from ralmq.errors import Poisoned, WorkerLost
+from ralmq.workers.generator.replay import Replay
+from ralmq.workers.params import Task
+
+
+class Attempt:
+    """The answer of a pipeline: a token, and then the loss of a worker, or the end."""
+
+    def __init__(self, tokens: int, lost: str | None, position: int) -> None:
+        self._parts = self._made(tokens, lost, position)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def __aiter__(self) -> AsyncIterator[Reply]:
+        return self._parts
+
+    async def _made(self, tokens: int, lost: str | None, position: int) -> AsyncIterator[Reply]:
+        for place in range(tokens):
+            yield Reply({"token": 7, "position": position + place})
+        if lost is not None:
+            raise WorkerLost("it was lost", worker=lost)
+
+
+def run(plan: Sequence[tuple[int, str | None]], alive: set[str]) -> tuple[int, int]:
+    """Attempts that were made, and tokens that came."""
+    asked: list[int] = []
+
+    async def main() -> int:
+        def ask(body: dict[str, Any], ids: Sequence[int], *, again: bool) -> Any:
+            assert again == bool(asked)
+            asked.append(len(ids))
+            return Attempt(*plan[len(asked) - 1], len(ids))
+
+        async def known() -> set[str]:
+            return alive
+
+        replay = Replay(ask, Task(max_tokens=8), [1, 2, 3], [], asyncio.Lock(), known)
+        return len([body async for body in replay.parts()])
+
+    try:
+        return len(asked), asyncio.run(main())
+    finally:
+        assert asked == sorted(asked)
+
+
+def attempts(plan: Sequence[tuple[int, str | None]], alive: set[str]) -> int:
+    """After how many attempts it is given up."""
+    with pytest.raises(Poisoned) as ended:
+        run(plan, alive)
+    return int(ended.value.message.split(" times")[0].split()[-1])
+
+
+def test_three_stages_that_died_condemn_it() -> None:
+    assert attempts([(0, "a"), (0, "b"), (0, "c"), (8, None)], {"d"}) == 3
+
+
+def test_a_stage_that_is_back_was_not_ended_by_it() -> None:
+    assert run([(0, "a"), (0, "b"), (0, "c"), (0, "d"), (8, None)], {"a", "b", "d"})[1] == 8
+
+
+def test_a_loss_that_names_no_stage_is_not_its_fault() -> None:
+    assert run([(0, ""), (0, ""), (0, ""), (0, ""), (8, None)], set())[1] == 8
+
+
+def test_those_that_died_count_whatever_came_between() -> None:
+    assert attempts([(0, "a"), (0, "x"), (0, "b"), (0, "x"), (0, "c"), (8, None)], {"x"}) == 5
+
+
+def test_a_token_clears_it() -> None:
+    assert run([(0, "a"), (0, "b"), (1, "c"), (0, "d"), (1, "e"), (0, "f"), (6, None)], set())[1] == 8
+
+
+def test_it_is_not_asked_for_ever() -> None:
+    assert attempts([(0, "x")] * (MOST + 1), {"x"}) == MOST
