@@ -1,0 +1,165 @@
+"""The built-in worker `encoder`: serves `embed:<name>`, texts to vectors. Knows requests and texts, no layer."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from ...schema.errors import Refused
+from ...schema.limits import MAX_NAME
+from ..base import Answer, Request, Worker
+from ..engine.errors import CheckpointError
+from ..models import resolve
+from .model import Encoder as Model
+from .model import Pooling, load_encoder
+from .settings import Settings, read_settings
+
+MAX_TEXTS: Final = 4096  # of one request
+NO_VECTOR: Final = "texts: one of them has no vector: none of its tokens is known to the model"
+Array = np.ndarray[Any, Any]
+
+
+class Encoder(Worker):
+    """Vectors of texts. Requests that come together are computed together.
+
+    A body {"texts": [...]} is answered with {"model": name} and vectors float32 [texts, d]; a text that is longer than
+    the model reads is cut, as sentence-transformers does.
+
+    Args:
+        model: a Hugging Face directory of a BERT-like encoder, plain or of sentence-transformers.
+        name: the service is embed:<name>; the directory's name where not given.
+        pooling: mean or cls; what the directory says where not given, else mean.
+        normalize: scale vectors to length 1, so that inner products are cosines.
+        threads: of torch.
+        batch: texts that are computed at once, and requests that are taken together.
+    """
+
+    idempotent = True
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        name: str = "",
+        pooling: Pooling | None = None,
+        normalize: bool = True,
+        threads: int = 1,
+        batch: int = 32,
+    ) -> None:
+        for option, value in (("threads", threads), ("batch", batch)):
+            if value < 1:
+                raise Refused(f"-o {option}={value} is too small: give at least 1")
+        known, self._path = resolve(model)
+        self._name = name or known
+        self.service = f"embed:{self._name}"
+        if len(self.service) > MAX_NAME:
+            raise Refused(f"the name {self._name} is too long: give a shorter one with -o name=")
+        self._pooling = pooling
+        self._normalize = normalize
+        self._batch = batch
+        self.max_batch = max(2, batch)  # 1 would turn `handle_batch` off
+        self.capacity = 4 * self.max_batch  # some fill the next batch while one is computed
+        self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (threads,))
+
+    async def start(self) -> None:
+        """Reads weights and tokenizer; only then is the service announced.
+
+        Raises:
+            Refused: the directory is no encoder that is computed, or holds no tokenizer.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            self._model, self._settings = await loop.run_in_executor(self._compute, self._load)
+        except CheckpointError as error:
+            raise Refused(str(error)) from None
+        self._tokenizer = _tokenizer(self._path / "tokenizer.json", self._settings.tokens, self._model.config.vocab)
+
+    async def stop(self) -> None:
+        self._compute.shutdown(wait=False, cancel_futures=True)
+
+    async def handle_batch(self, requests: list[Request]) -> list[Answer]:
+        """One refused does not keep the others from their vectors."""
+        answers: list[Answer] = []
+        texts: list[str] = []
+        for request in requests:
+            try:
+                given = _texts(request)
+            except Refused as refused:
+                answers.append(refused)
+                continue
+            answers.append(slice(len(texts), len(texts) + len(given)))
+            texts += given
+        if texts:
+            vectors = await self._computed(texts)
+        body = {"model": self._name}
+        for place, answer in enumerate(answers):
+            if isinstance(answer, slice):
+                found = vectors[answer]
+                answers[place] = (body, [found]) if np.isfinite(found).all() else Refused(NO_VECTOR)
+        return answers
+
+    async def _computed(self, texts: Sequence[str]) -> Array:
+        """Beside the event loop; given up, it ends with the texts that are under way."""
+        stop = threading.Event()
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._compute, self._encoded, texts, stop)
+        finally:
+            stop.set()
+
+    # -- in the compute thread
+
+    def _load(self) -> tuple[Model, Settings]:
+        model = load_encoder(self._path)
+        return model, read_settings(self._path, model.config.context, self._pooling)
+
+    def _encoded(self, texts: Sequence[str], stop: threading.Event) -> Array:
+        """float32 [texts, d], NaN for one without a token.
+
+        Those of similar length are computed together, so that little of a call is padding.
+        """
+        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+        order = sorted((place for place in range(len(rows)) if rows[place]), key=lambda place: len(rows[place]))
+        vectors = np.full((len(rows), self._model.config.hidden), np.nan, np.float32)
+        for start in range(0, len(order), self._batch):
+            if stop.is_set():
+                break
+            places = order[start : start + self._batch]
+            chosen = [rows[place] for place in places]
+            vectors[places] = self._model(chosen, self._settings.pooling, self._normalize).numpy()
+        return vectors
+
+
+def _texts(request: Request) -> list[str]:
+    texts = request.body.get("texts")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise Refused("texts: give a list of texts that are not empty")
+    if len(texts) > MAX_TEXTS:
+        raise Refused(f"texts: {len(texts)} of them are too many; give at most {MAX_TEXTS} at once")
+    return texts
+
+
+def _tokenizer(path: Path, tokens: int, vocab: int) -> Tokenizer:
+    if not path.is_file():
+        raise Refused(f"{path}: no such file; copy the model's own, without it no text can be read")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise Refused(f"{path} cannot be read ({error}): copy it anew from the model") from None
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab:
+        raise Refused(f"{path} knows token {largest}, the model {vocab} of them: copy the model's own")
+    tokenizer.no_padding()
+    try:
+        tokenizer.enable_truncation(tokens)
+        if tokenizer.num_special_tokens_to_add(False) >= tokens:
+            raise ValueError
+    except Exception:
+        raise Refused(f"{path}: {tokens} tokens leave no room for a text beside the special ones") from None
+    return tokenizer
