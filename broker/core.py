@@ -108,7 +108,8 @@ class Core:
             self.requests.measure(now, now - self._beat_at)
             self._beat_at = now
             self.roster.hung(now)
-            beat = encode(Beat(), epoch=self.epoch)
+            self.requests.beats += 1
+            beat = encode(Beat(self.requests.beats), epoch=self.epoch)
             self._out += [(key, beat) for key in self.roster.peers]
         return self._flush(now)
 
@@ -118,7 +119,7 @@ class Core:
 
     def greet(self, key: bytes) -> list[Sent]:
         """A BEAT for one peer, to find out whether it can still be reached."""
-        self._tell(key, Beat(), NO_ID, 0)
+        self._tell(key, Beat(self.requests.beats), NO_ID, 0)
         return self._flush(0.0)
 
     def status(self, now: float) -> dict[str, Any]:

@@ -60,6 +60,13 @@ class FairQueue:
         if len(self._last) > 2 * self.count + SLACK:
             self._last = {flow: tag for flow, tag in self._last.items() if tag > self._clock}
 
+    def ahead(self, asker: bytes, priority: int) -> float:
+        """About how many leave before one that came now would: of each flow those whose tags are below its own."""
+        clock, weight = self._clock, 0.5**priority
+        tag = max(self._last.get((asker, priority), 0.0), clock) + weight
+        found = sum((min(tag, last) - clock) / 0.5**of for (_, of), last in self._last.items() if last > clock)
+        return min(found, self.count)
+
     def records(self) -> list[Record]:
         """All waiting requests."""
         return list(self._waiting.values())

@@ -37,7 +37,6 @@ class Peer:
     held: int = 0  # bytes of what it asked
     alone: bool = False  # has a suspect in hand, and nothing else beside it
     kept: int = 0  # services that keep it from new work until a suspect can have it alone
-    unlisted: frozenset[tuple[bytes, int]] = frozenset()  # in its hand, and missing in its last BEAT
     pipeline: Pipeline | None = None
     draining: bool = False  # said BYE: gets no new work
     leaving: bool = False  # it, or a stage of the pipeline that it leads, is draining
@@ -77,8 +76,8 @@ class Record:
     `attempt` is the asker's count of resends, `leg` the count on the worker's side: a request that is given to
     another worker raises `leg` alone, and answers of an older leg are fenced off. No leg of an id comes twice.
     `losses` counts the workers that were lost with it in hand: from the first on it is a suspect. `size` is what its
-    asker is charged with, `until` the credit that CREDIT raised (0 where none came), `wait` the end of waiting for a
-    missing service.
+    asker is charged with, `until` the credit that CREDIT raised (0 where none came), `given` how many BEATs the
+    broker had sent when it gave the request to its worker, `wait` the end of waiting for a missing service.
     """
 
     id: bytes
@@ -94,6 +93,7 @@ class Record:
     leg: int = 0
     losses: int = 0
     until: int = 0
+    given: int = 0
     wait: float = 0.0
     worker: Peer | None = None
     parent: Record | None = None

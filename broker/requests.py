@@ -153,22 +153,23 @@ class Requests(Transitions):
         self._end(now, record)
         self._spare(now, owner)
 
-    def reconcile(self, now: float, worker: Peer, active: tuple[Active, ...]) -> None:
+    def reconcile(self, now: float, worker: Peer, active: tuple[Active, ...], heard: int) -> None:
         """A BEAT says what a worker has in hand: more than the broker knows is ended there, less is lost.
 
-        One BEAT may have left before a request arrived; what is missing in two, one after the other, is not there.
+        A long request may be under way to the worker for many BEATs: it is missing once the worker has heard a BEAT
+        of the broker that was sent behind it.
         """
         for identity, attempt in active:
             record = self.open.get(identity)
             served = record is not None and record.leg == attempt and serves(worker, record)
             if not served and (identity, attempt) not in worker.owner.ending:
                 self._tell(worker, Gone("this attempt is over"), identity, attempt)
-        booked = [*((record.id, record.leg) for record in worker.serving.values()), *worker.ending]
-        listed = set(active) if len(active) < MAX_ACTIVE else set(booked)  # the list is cut off there
-        absent = [key for key in booked if key not in listed]
-        gone = [key for key in absent if key in worker.unlisted]
-        worker.unlisted = frozenset(absent).difference(gone)
-        for identity, leg in gone:
+        if len(active) == MAX_ACTIVE:  # the list is cut off there
+            return
+        listed = set(active)
+        booked = [record for record in (*worker.serving.values(), *worker.ending.values()) if record.given < heard]
+        absent = [(record.id, record.leg) for record in booked if (record.id, record.leg) not in listed]
+        for identity, leg in absent:
             self.counts["unlisted"] += 1
             self._tell(worker, Gone("this attempt is over"), identity, leg)
             if worker.ending.pop((identity, leg), None) is None:  # one may end others, which are there from then on
@@ -287,6 +288,8 @@ class Requests(Transitions):
         full = service.queue.count >= limits.queue and not record.attempt
         if full or self.queued_bytes + record.size > limits.queue_bytes:
             return busy(service, now, f"{service.waiting} requests wait for {service.name}")
+        if not record.attempt and not service.in_time(now, record):
+            return busy(service, now, f"{service.waiting} requests wait for {service.name}, too many for its deadline")
         record.wait = max(record.wait, until)
         self._enqueue(now, record)
         self._remind(record)

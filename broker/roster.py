@@ -113,7 +113,7 @@ class Roster:
             peer.progress, peer.progress_at = beat.progress, now
         peer.busy = beat.busy
         peer.gauges = beat.gauges
-        self._requests.reconcile(now, peer, beat.active)
+        self._requests.reconcile(now, peer, beat.active, beat.heard)
 
     def hung(self, now: float) -> None:
         """Workers that have work and no progress past their stall limit are treated as lost, and told so.

@@ -8,6 +8,7 @@ BUSY_CEILING = 10.0  # the pace may have changed by then
 EAGERNESS = 1.25  # resends come so much faster than the pace: one more refusal costs less than an idle worker
 UNKNOWN_PACE = 1000.0  # requests a second, until it is measured: to ask again too early costs little
 SETTLED = 0.05  # seconds of full load that make a measurement
+WAITED = 0.5  # the part of its time that a request may be expected to wait; the rest is to serve it
 
 
 class Service:
@@ -89,6 +90,16 @@ class Service:
         if self.waiting:
             self.pace = self._pace(now)
             self.loaded(now)
+
+    def in_time(self, now: float, record: Record) -> bool:
+        """Whether the turn of a new request is expected early enough for its deadline; so where the pace is not known.
+
+        A queue of requests whose time is almost up when their turn comes keeps every worker busy for nobody.
+        """
+        pace = self._pace(now)
+        if not pace or not record.deadline:
+            return True
+        return self.queue.ahead(record.asker.key, record.priority) <= WAITED * pace * (record.deadline - now)
 
     def retry_after(self, now: float) -> float:
         """Seconds until a resend is expected to find room.

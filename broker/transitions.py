@@ -36,6 +36,7 @@ class Transitions:
         self.counts: Counter[str] = Counter()
         self.left: list[Peer] = []  # leaving workers whose last request has just ended
         self.queued_bytes = 0
+        self.beats = 0  # that were sent to all peers
         self._out = out
         self._pipelines = pipelines
         self._epoch = epoch
@@ -137,7 +138,7 @@ class Transitions:
         record.state = RUNNING
         if (record.attempt or record.losses) and not worker.hello.idempotent:
             return self.fail(now, record, unrepeatable(record))
-        record.worker = worker
+        record.worker, record.given = worker, self.beats
         if record.losses:
             worker.alone = True
             worker.bound()

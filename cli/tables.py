@@ -55,7 +55,7 @@ def hits_table(found: Sequence[Sequence[Mapping[str, Any]]], ids: Any, distances
         for payload, identity, distance in zip(payloads, ids[query], distances[query], strict=False):
             if identity < 0:
                 continue
-            text = "".join(str(payload.get(name, "")) for name in ("context", "continuation"))
+            text = "".join(str(payload.get(name, "")) for name in ("context", "continuation", "text"))
             text = " ".join((text or str(payload.get("tokens", ""))).split())
             document = str(payload.get("document", ""))
             table.add_row(str(query), str(identity), f"{distance:.4g}", escape(document), escape(text))

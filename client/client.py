@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,11 +12,14 @@ from ..schema.address import BROKER_VARIABLE, DEFAULT_BROKER
 from ..schema.errors import Busy, Refused
 from ..schema.limits import MAX_DEADLINE_MS
 from ..schema.message import Final, Hello
+from . import changes
+from .fanout import Ask, Fanout, Layout
 from .generation import Generation, generation_request
 from .link import Link
+from .losses import names_of
 from .pending import WINDOW, Pending
-from .results import Hits, Reply
-from .search import hits_of, model_of, search_request, vectors_of
+from .results import Array, Hits, Reply
+from .search import encoder_of, hits_of, is_text, search_request, text_request, vectors_of
 from .stream import Stream, pause
 
 REQUEST_DEADLINE = 30.0  # seconds
@@ -61,6 +64,7 @@ class Client:
     def __init__(self, link: Link, wait: float) -> None:
         self._link = link
         self._wait = wait
+        self._layouts: dict[str, Layout] = {}
 
     async def __aenter__(self) -> Self:
         await self._link.open(self._wait)
@@ -133,28 +137,33 @@ class Client:
         retries: int = 0,
         parent: bytes | None = None,
         window: int = WINDOW,
+        credit: Callable[[], int] | None = None,
     ) -> Stream:
         """One request, many parts: `async for part in client.stream(...)`.
 
         Args:
             window: parts that may be under way; a reader that is slow pauses its own stream alone.
+            credit: in place of it, gives how many parts may have been sent, counted from the first (0: no bound), where
+                this stream feeds another one; `Stream.granted` is called when that has grown.
         """
         loop = asyncio.get_running_loop()
         end = _end(deadline)
 
         def ask() -> Pending:
-            return self._link.ask(
+            pending = self._link.ask(
                 service,
                 body,
                 tensors,
                 deadline=max(0.001, end - loop.time()),
                 priority=priority,
-                window=window,
+                window=window if credit is None else credit(),
                 parent=parent,
                 wait_service=wait_service,
             )
+            pending.paced = credit is None
+            return pending
 
-        return Stream(self._link, ask, retries, end)
+        return Stream(self._link, ask, retries, end, credit)
 
     def generate(
         self,
@@ -174,7 +183,8 @@ class Client:
             **options: max_tokens, min_tokens, temperature (0 = greedy), top_k, top_p, min_p, repetition_penalty,
                 presence_penalty, frequency_penalty, logit_bias, seed, n, stop, stop_ids, ignore_eos, logprobs,
                 top_logprobs, echo, hooks; for retrieval: retrieve (name of the index), policy, interval, staleness, k,
-                nprobe, knn_lambda, knn_temperature. See generation.DEFAULTS and docs/sampling.md.
+                nprobe, knn_lambda, knn_temperature, ngram_lambda, order, stride, template, query_tokens, passages. See
+                generation.DEFAULTS, docs/sampling.md and docs/retrieval-policies.md.
 
         Raises:
             TypeError: an option that does not exist.
@@ -195,7 +205,10 @@ class Client:
                 priority=priority,
             )
 
-        return Generation(ask, body.get("n", 1))
+        async def alive() -> set[str]:
+            return names_of(await self.status(deadline=max(0.001, end - loop.time())))
+
+        return Generation(ask, alive, body.get("n", 1))
 
     async def search(
         self,
@@ -204,6 +217,7 @@ class Client:
         *,
         k: int = 10,
         nprobe: int | None = None,
+        lists: tuple[Any, Any] | None = None,
         payloads: bool = True,
         deadline: float = REQUEST_DEADLINE,
         wait_service: float = 0.0,
@@ -212,8 +226,11 @@ class Client:
         """Nearest neighbours of vectors in an index.
 
         Args:
-            query: float32 [queries, d] or [d]; or text, encoded by the index's own model.
+            query: float32 [queries, d] or [d]; or text or a list of texts, which an index of vectors has encoded by the
+                encoder that it names.
             nprobe: lists of an IVF index to look at; None for the index's own default.
+            lists: lists to look at that the asker chose: ids int64 [queries, nprobe] and the queries'
+                distances to their centroids, float32 of the same shape.
             payloads: also what the index knows of each neighbour; leave it out for thousands of neighbours.
         """
         loop = asyncio.get_running_loop()
@@ -225,11 +242,95 @@ class Client:
                 service, body, tensors=tensors, deadline=left, wait_service=wait_service, retries=retries
             )
 
-        if isinstance(query, str):
-            info = await ask(f"search:{index}", {"info": True})
-            query = vectors_of(await ask(f"embed:{model_of(info)}", {"texts": [query]}))
-        body, tensors = search_request(query, k, nprobe, payloads)
+        if is_text(query):
+            texts = [query] if isinstance(query, str) else query
+            if not (encoder := encoder_of(await ask(f"search:{index}", {"info": True}))):
+                return hits_of(await ask(f"search:{index}", text_request(texts, k, payloads)))
+            query = vectors_of(await ask(encoder, {"texts": list(texts)}))
+        body, tensors = search_request(query, k, nprobe, payloads, lists)
         return hits_of(await ask(f"search:{index}", body, tensors))
+
+    async def add(
+        self,
+        index: str,
+        vectors: Any = None,
+        ids: Any = None,
+        fields: Sequence[dict[str, Any]] | None = None,
+        *,
+        upsert: bool = False,
+        deadline: float = REQUEST_DEADLINE,
+        wait_service: float = 0.0,
+        retries: int = 0,
+    ) -> Array:
+        """Adds to a live index; its ids, int64 [n]. They are on the disk then, and every later search sees them.
+
+        Large ones go in several requests, each of which is done as a whole or not at all.
+
+        Args:
+            vectors: float32 [n, d] or [d]; None for an index of texts.
+            ids: int64 [n], from 0 on; None and the index gives them.
+            fields: a map for each, its payload; filters name its keys. For an index of texts each holds a `text`.
+            upsert: replace what has one of the ids; else such an id is refused.
+        """
+        ask, end = self._asking(deadline, wait_service, retries)
+        layout = await self._layout(ask, index, end)
+        return await changes.add(ask, index, layout, vectors, ids, fields, upsert, end)
+
+    async def delete(
+        self,
+        index: str,
+        ids: Any,
+        *,
+        deadline: float = REQUEST_DEADLINE,
+        wait_service: float = 0.0,
+        retries: int = 0,
+    ) -> int:
+        """Deletes ids from a live index; how many of them there were."""
+        ask, end = self._asking(deadline, wait_service, retries)
+        return await changes.delete(ask, index, await self._layout(ask, index, end), ids, end)
+
+    async def snapshot(
+        self, index: str, *, deadline: float = GENERATION_DEADLINE, wait_service: float = 0.0, retries: int = 0
+    ) -> list[str]:
+        """Writes a snapshot of a live index; its version, of each shard."""
+        ask, end = self._asking(deadline, wait_service, retries)
+        return await changes.on_each(ask, index, await self._layout(ask, index, end), {"snapshot": True}, end)
+
+    async def use(
+        self,
+        index: str,
+        directory: str | os.PathLike[str],
+        *,
+        deadline: float = GENERATION_DEADLINE,
+        wait_service: float = 0.0,
+        retries: int = 0,
+    ) -> list[str]:
+        """Puts another index in the place of a served one, under load; its version, of each shard.
+
+        Args:
+            directory: where its server finds it.
+        """
+        ask, end = self._asking(deadline, wait_service, retries)
+        body = {"open": os.path.abspath(os.path.expanduser(directory))}
+        return await changes.on_each(ask, index, await self._layout(ask, index, end), body, end)
+
+    def _asking(self, deadline: float, wait_service: float, retries: int) -> tuple[Ask, float]:
+        """What asks one of the requests of a call, and the loop time by which it must have ended."""
+        loop = asyncio.get_running_loop()
+
+        async def ask(service: str, body: dict[str, Any], tensors: Sequence[Any], end: float) -> Reply:
+            left = max(0.001, end - loop.time())
+            return await self.request(
+                service, body, tensors=tensors, deadline=left, wait_service=wait_service, retries=retries
+            )
+
+        return ask, _end(deadline)
+
+    async def _layout(self, ask: Ask, index: str, end: float) -> Layout:
+        """How an index is spread; its shards stay as many while this client is open."""
+        if index not in self._layouts:
+            self._layouts[index] = await Fanout(ask).layout(index, end)
+        return self._layouts[index]
 
     async def status(self, *, deadline: float = REQUEST_DEADLINE) -> dict[str, Any]:
         """Broker, workers, services and pipelines, as plain data."""

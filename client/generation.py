@@ -38,13 +38,18 @@ DEFAULTS: Final[dict[str, Any]] = {
     "echo": False,  # the prompt's tokens first
     "hooks": {},  # parameters of each logits hook of the stages that is to be used
     "retrieve": None,  # name of an index
-    "policy": "knn",
+    "policy": "knn",  # or "ngram", "knn+ngram", "context": see docs/retrieval-policies.md
     "interval": 1,  # a retrieval each so many tokens
     "staleness": 0,  # use the answer to the query of so many positions ago
     "k": 8,
     "nprobe": None,
     "knn_lambda": 0.25,
     "knn_temperature": 10.0,
+    "ngram_lambda": 0.25,
+    "order": 3,  # tokens of an n-gram
+    "stride": 16,  # new tokens after which passages before the prompt are retrieved anew
+    "template": None,  # a text with {passages} and, behind it, {prompt}
+    "query_tokens": 32,  # the last ones, which passages are retrieved for
     "passages": False,  # give what was retrieved along with the tokens
 }
 

@@ -73,6 +73,7 @@ class Link:
         self._keys = keys
         self._reason = ""  # why the broker does not let this peer in, as last said
         self._interval = 1.0
+        self._heard = 0  # the broker's last BEAT
         self._asked: dict[bytes, Pending] = {}
         self._wire: Wire | None = None
         self._known = False  # the broker has welcomed this connection
@@ -210,7 +211,7 @@ class Link:
             self._wire.send(encode(self.hello))
             return
         try:
-            self.send(self._beat())
+            self.send(replace(self._beat(), heard=self._heard))
         except Exception:  # of a worker's own beat(): without any BEAT it would be taken for hung
             log.exception("%s cannot say how it is: a plain BEAT is sent", self.hello.name)
             self.send(Beat())
@@ -232,6 +233,8 @@ class Link:
             pending.take(prefix, message)
             if pending.ended:
                 del self._asked[prefix.id]
+        elif isinstance(message, Beat):
+            self._heard = message.progress
         elif isinstance(message, Bye) and prefix.attempt != PLEASE:
             self._depart()
         elif self._take is not None:
@@ -240,7 +243,7 @@ class Link:
     def _enter(self, epoch: int, welcome: Welcome) -> None:
         if self._known and epoch == self.epoch:
             return  # the answer to a HELLO that was sent twice
-        self._known, self.epoch, self._reason = True, epoch, ""
+        self._known, self.epoch, self._reason, self._heard = True, epoch, "", 0
         self._interval = welcome.beat_ms / 1000
         if self._timer is not None:
             self._timer.cancel()

@@ -1,5 +1,6 @@
 """The asking side of `search:<index>`: vectors in, neighbours out. Knows the body's fields, no faiss."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,24 +9,42 @@ from ..schema.errors import WorkerFailed
 from .results import Hits, Reply
 
 
-def search_request(vectors: Any, k: int, nprobe: int | None, payloads: bool) -> tuple[dict[str, Any], list[Any]]:
+def search_request(
+    vectors: Any, k: int, nprobe: int | None, payloads: bool, lists: tuple[Any, Any] | None = None
+) -> tuple[dict[str, Any], list[Any]]:
     """Body and tensors of a search; one vector [d] counts as one query."""
     if isinstance(vectors, np.ndarray | list | tuple):
         vectors = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
     body: dict[str, Any] = {"k": k, "following": False, "payloads": payloads}
-    return (body if nprobe is None else {**body, "nprobe": nprobe}), [vectors]
+    if lists is not None:
+        body["lists"] = True
+    return (body if nprobe is None else {**body, "nprobe": nprobe}), [vectors, *(lists or ())]
 
 
-def model_of(info: Reply) -> str:
-    """The model that made an index's vectors, by what the index says of itself.
+def is_text(query: Any) -> bool:
+    """Whether a query is text, or several texts, and no vectors."""
+    return isinstance(query, str) or (isinstance(query, list | tuple) and bool(query) and isinstance(query[0], str))
+
+
+def text_request(texts: Sequence[str], k: int, payloads: bool) -> dict[str, Any]:
+    """Body of a search in an index of texts, which takes them as they are."""
+    return {"text": list(texts), "k": k, "payloads": payloads}
+
+
+def encoder_of(info: Reply) -> str:
+    """Who makes an index's vectors of text, by what the index says of itself: `embed:` and its encoder or its model.
+
+    Empty for an index of texts, which needs nobody.
 
     Raises:
-        WorkerFailed: it names none.
+        WorkerFailed: it names neither.
     """
-    model = info.body.get("model")
-    if not isinstance(model, str) or not model:
-        raise WorkerFailed("the index does not say which model made it: search it with vectors")
-    return model
+    if info.body.get("kind") == "text":
+        return ""
+    name = info.body.get("encoder") or info.body.get("model")
+    if not isinstance(name, str) or not name:
+        raise WorkerFailed("the index names no encoder of its vectors: search it with vectors")
+    return f"embed:{name}"
 
 
 def vectors_of(reply: Reply) -> Any:

@@ -19,11 +19,14 @@ class Stream:
         final: the body and tensors that ended it, once it has ended.
     """
 
-    def __init__(self, link: Link, ask: Callable[[], Pending], retries: int, end: float) -> None:
+    def __init__(
+        self, link: Link, ask: Callable[[], Pending], retries: int, end: float, credit: Callable[[], int] | None = None
+    ) -> None:
         self._link = link
         self._ask = ask
         self._retries = retries
         self._end = end
+        self._credit = credit
         self._begun = False
         self._pending = ask()
         self.final: Reply | None = None
@@ -61,6 +64,11 @@ class Stream:
                 self._retries -= 1
                 await pause(busy, self._end)
                 self._pending = self._ask()
+
+    def granted(self) -> None:
+        """What `credit` gives has grown."""
+        if self._credit is not None:
+            self._pending.allow(self._credit())
 
     async def aclose(self) -> None:
         """Gives the request up where it has not ended."""

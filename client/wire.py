@@ -4,6 +4,7 @@ The descriptor is edge-triggered: each call may take the edge of an arrival, so 
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
@@ -14,6 +15,7 @@ from zmq.utils.monitor import parse_monitor_message
 from ..schema.errors import Refused
 from ..schema.keys import PeerKey
 from ..schema.limits import MAX_FRAMES, MAX_MESSAGE
+from .names import Names
 
 BATCH: Final = 64  # messages a pass, so that timers and other tasks get their turn
 BROKEN: Final = 3  # handshakes that break off one after another, before that means something
@@ -21,6 +23,7 @@ RETRY: Final = 0.1  # seconds
 AGAIN: Final = 1.0  # seconds after a refused key
 WATCHED: Final = int(
     zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -30,6 +33,7 @@ HEARTBEAT_TIMEOUT_MS: Final = 2000
 LINGER_MS: Final = 500
 RECONNECT_MS: Final = 50
 RECONNECT_MAX_MS: Final = 500
+CONNECT_MS: Final = 2000  # else TCP itself tries again ever more rarely where packets are dropped
 
 
 class Wire:
@@ -59,7 +63,6 @@ class Wire:
         self._loop = asyncio.get_running_loop()
         self._take = take
         self._cut = cut
-        self._url = url
         self._refused = refused
         self._failures = 0
         self._why = _REASONS if key is not None else _NO_KEY
@@ -74,11 +77,15 @@ class Wire:
             self._socket.setsockopt(zmq.CURVE_SERVERKEY, key.broker.encode())
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret.encode())
-        try:
-            self._socket.connect(url)
-        except zmq.ZMQError as error:
-            self._socket.close(0)
-            raise Refused(f"{url} is no broker address ({error.strerror}): give tcp://host:port") from None
+        self._names = Names(url, self._moved)
+        self._address = ""  # what libzmq is told
+        if not self._names.needed:
+            try:
+                self._moved(url)
+            except zmq.ZMQError as error:
+                self._socket.close(0)
+                raise Refused(f"{url} is no broker address ({error.strerror}): give tcp://host:port") from None
+        self._names.start()
         self._monitor = self._socket.get_monitor_socket(WATCHED)
         self._loop.add_reader(self._socket.fileno(), self._pump)
         self._loop.add_reader(self._monitor.fileno(), self._disconnected)
@@ -104,6 +111,7 @@ class Wire:
         for timer in (self._retry, self._timer):
             if timer is not None:
                 timer.cancel()
+        self._names.stop()
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_reader(self._monitor.fileno())
         self._socket.disable_monitor()
@@ -164,6 +172,11 @@ class Wire:
         try:
             while True:
                 event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+                if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    self._names.stop()
+                    self._failures = 0
+                    continue
+                self._names.start()
                 cut = cut or event["event"] == zmq.EVENT_DISCONNECTED
                 if event["event"] in self._why and event["value"] in _MEANT.get(
                     int(event["event"]), (int(event["value"]),)
@@ -184,16 +197,32 @@ class Wire:
 
     def _connect_again(self) -> None:
         if not self._socket.closed:
-            self._socket.connect(self._url)
+            self._socket.connect(self._address)
+
+    def _moved(self, address: str) -> None:
+        """The broker is to be found at another address than before."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._address:
+            with contextlib.suppress(zmq.ZMQError):  # libzmq may have given it up
+                self._socket.disconnect(self._address)
+        self._socket.connect(address)
+        self._address = address
 
 
 _REASONS: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "does not let this key in: it is not in its list, or was revoked",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "takes no keys: leave --keys and $RALMQ_KEYS away",
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "has another key than the file says: take a file from its own folder of keys",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: (  # also where it takes no keys, and closes before it is heard out
+        "has another key than the file says, or takes no keys: take a file from its own folder of keys, "
+        "or leave --keys and $RALMQ_KEYS away"
+    ),
 }
 _NO_KEY: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "lets nobody in without a key: give --keys FILE, or $RALMQ_KEYS",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: (  # where it closes before it is heard out
+        "lets nobody in without a key, or is no broker: give --keys FILE, or $RALMQ_KEYS, or another address"
+    ),
 }
 _MEANT: dict[int, tuple[int, ...]] = {
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: (zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH,)
@@ -205,5 +234,6 @@ _OPTIONS = (
     (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
     (zmq.RECONNECT_IVL, RECONNECT_MS),
     (zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS),
+    (zmq.CONNECT_TIMEOUT, CONNECT_MS),
     (zmq.MAXMSGSIZE, MAX_MESSAGE + (1 << 20)),
 )

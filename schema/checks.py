@@ -115,6 +115,14 @@ def mapping(value: Any) -> dict[str, Any]:
     return value
 
 
+def facts(value: Any) -> dict[str, Any]:
+    """A map from text to text, numbers, true, false or None: what all are shown of a peer holds no depth of its own."""
+    for entry in mapping(value).values():
+        if isinstance(entry, bytes | bytearray | list | tuple | dict):
+            raise Malformed(f"expected text, numbers, true or false as values, got {_shown(entry)}")
+    return value  # type: ignore[no-any-return]
+
+
 def _shown(value: Any) -> str:
     """A value as an error message shows it; short, since it may come from an attacker."""
     if isinstance(value, str | bytes | list | tuple | dict):

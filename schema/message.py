@@ -130,12 +130,17 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """Progress of a peer: steps done, whether work is in hand, and the attempts it serves. The broker's is empty."""
+    """Progress of a peer: steps done, whether work is in hand, and the attempts it serves.
+
+    The broker counts its BEATs in `progress`; `heard` is the last of them that the peer has got, and with it all that
+    was sent before.
+    """
 
     progress: Annotated[int, routing(COUNTER)] = 0
     busy: Annotated[int, routing(NUMBER)] = 0
     active: Annotated[tuple[Active, ...], routing(list_of(_ACTIVE, MAX_ACTIVE))] = ()
     gauges: Annotated[dict[str, Any], routing(facts)] = field(default_factory=dict)
+    heard: Annotated[int, routing(COUNTER)] = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ class Request:
         deadline: event-loop time at which the broker gives it up; 0 for none.
         service: which of the worker's services was asked.
         priority: 0 to 9, the highest first; what waits in the broker comes in that order already.
+        wait: seconds that its asker would wait for a service that nobody offers; so for those that it needs in turn.
     """
 
     service: str
@@ -38,6 +39,7 @@ class Request:
     ending: dict[str, Any] = field(default_factory=dict)  # what a stream says at its end
     granted: Callable[[], None] | None = None  # called when `until` has grown
     priority: int = 4
+    wait: float = 0.0
 
 
 class Worker:

@@ -190,7 +190,7 @@ class Host:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + prefix.deadline / 1000 if prefix.deadline else 0.0
         request = Request(asked.service, asked.body, asked.tensors, prefix.id, prefix.attempt, deadline, asked.window)
-        request.priority = asked.priority
+        request.priority, request.wait = asked.priority, asked.wait_ms / 1000
         job = Job(request)
         self._jobs[prefix.id, prefix.attempt] = job
         job.task = loop.create_task(self._answer(job))

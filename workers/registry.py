@@ -17,6 +17,8 @@ BUILT_IN: Final = {
     "stage": "ralmq.workers.stage.worker:Stage",
     "index": "ralmq.workers.index.worker:Index",
     "generator": "ralmq.workers.generator.worker:Generator",
+    "encoder": "ralmq.workers.encoder.worker:Encoder",
+    "ralm-gateway": "ralmq.workers.gateway:RalmGateway",
 }
 
 

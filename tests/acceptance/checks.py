@@ -1,8 +1,10 @@
 """The registry of acceptance checks: a line each of bound, measured, ok. Knows no check."""
 
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 Check = Callable[[Path], AsyncIterator["Line"]]
 
@@ -30,6 +32,8 @@ class Line:
 
 
 CHECKS: dict[str, Check] = {}
+COUNTED: list[str] = []  # the checks that count, and have a small size
+QUICK: Final = "--quick" in sys.argv
 
 
 def check(function: Check) -> Check:
@@ -39,3 +43,14 @@ def check(function: Check) -> Check:
     """
     CHECKS[function.__name__] = function
     return function
+
+
+def counted(function: Check) -> Check:
+    """Registers a check that counts and times nothing but what it prints: `--quick` runs these, in their small size."""
+    COUNTED.append(function.__name__)
+    return check(function)
+
+
+def size(full: int, small: int) -> int:
+    """How often something is done."""
+    return small if QUICK else full

@@ -7,7 +7,7 @@ from ralmq.broker.limits import Limits
 from ralmq.schema.codec import decode, encode
 from ralmq.schema.frame import Prefix
 from ralmq.schema.limits import NO_ID
-from ralmq.schema.message import Beat, Final, Gone, Hello, Request, Span
+from ralmq.schema.message import Active, Beat, Final, Gone, Hello, Request, Span
 from simulation.invariants import invariants
 
 EPOCH = 7
@@ -94,8 +94,9 @@ class Broker:
         return found
 
     def busy(self, peer: str, progress: int, *active: tuple[str, int]) -> list[Out]:
-        """BEAT of a worker with work in hand."""
-        return self.say(peer, Beat(progress, 1, tuple((ident(name), leg) for name, leg in active)))  # type: ignore[misc]
+        """BEAT of a worker with work in hand, which has heard all BEATs of the broker."""
+        listed = tuple(Active(ident(name), leg) for name, leg in active)
+        return self.say(peer, Beat(progress, 1, listed, heard=self.core.requests.beats))
 
     def worker(self, name: str) -> dict[str, Any]:
         """How `status` describes a worker."""

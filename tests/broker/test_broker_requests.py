@@ -60,6 +60,17 @@ def test_only_requests_spend_credit_and_an_end_gives_it_back(broker: Broker) -> 
     assert broker.worker("w")["in_flight"] == 2
 
 
+def test_an_error_that_cannot_be_read_ends_the_request_once_with_one_that_can(broker: Broker) -> None:
+    broker.hello("w", "echo")
+    broker.ask("client", "echo", "a", attempt=3)
+    broker.ask("client", "echo", "b")
+    spoilt = encode(Error("worker_failed"), id=ident("a"), attempt=3, epoch=EPOCH)[0][:-1] + b"\xc1"
+    sent = broker.raw("w", [spoilt])
+    assert shown(sent) == [("client", "Error", "a", 3), ("w", "Request", "b", 0)]
+    assert sent[0].message.code == "worker_failed" and "cannot be read" in sent[0].message.message
+    assert broker.count("malformed") == 1 and broker.worker("w")["in_flight"] == 1
+
+
 def test_the_worker_with_the_least_outstanding_work_is_chosen(broker: Broker) -> None:
     for worker in ("w1", "w2", "w3"):
         broker.hello(worker, "echo", capacity=5)

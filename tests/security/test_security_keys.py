@@ -122,6 +122,7 @@ async def test_without_its_authenticator_nobody_gets_in(keys: Path) -> None:
             async with connect(server.endpoint, keys=keys / "client.key", wait=0.5):
                 pass
         assert nobody(server)
+        assert not counts(server)["unauthorized"], "nothing was even taken to be refused"
 
 
 async def test_a_revoked_key_loses_its_connection_and_comes_in_no_more(keys: Path, tmp_path: Path) -> None:
