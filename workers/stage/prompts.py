@@ -4,10 +4,10 @@ import asyncio
 
 import numpy as np
 
-from ...client.client import Client
+from ...client.client import REQUEST_DEADLINE, Client
 from ...schema.errors import Refused
 from ..base import Request
-from ..params import Task
+from ..params import Retrieval, Task
 from .weights import Loaded
 
 FRESH = 5.0  # seconds for which what an index said of itself is believed
@@ -35,6 +35,8 @@ def prompt_of(request: Request, task: Task, loaded: Loaded) -> list[int]:
         raise Refused(f"the prompt has {len(ids)} tokens, the model's context holds {config.context}: shorten it")
     if task.prompt is not None and task.prompt > len(ids):
         raise Refused(f"prompt={task.prompt} is more than the {len(ids)} tokens that came")
+    if task.context >= (task.prompt or len(ids)):
+        raise Refused(f"context={task.context} leaves nothing of the prompt's {task.prompt or len(ids)} tokens")
     if any(not 0 <= token < config.vocab for token in task.stop_ids):
         raise Refused(f"stop_ids has ids outside 0..{config.vocab - 1}")
     if any(not 0 <= token < config.vocab for token, _ in task.logit_bias):
@@ -58,25 +60,40 @@ class Indexes:
 
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
-        self._known: dict[str, tuple[float, str]] = {}
+        self._known: dict[tuple[str, bool], tuple[float, str]] = {}
 
-    async def check(self, client: Client, index: str, request: Request) -> str:
+    async def check(self, client: Client, retrieval: Retrieval, request: Request) -> str:
         """The index's metric.
 
         Raises:
-            NoService: nobody serves it.
-            Refused: it was built with another model.
+            NoService: nobody serves it, for as long as the asker would wait.
+            Refused: it was built with another model, or cannot do what the policy needs.
         """
+        index, counts = retrieval.index, "ngram" in retrieval.parts
         now = asyncio.get_running_loop().time()
-        known = self._known.get(index)
+        known = self._known.get((index, counts))
         if known is not None and now - known[0] < FRESH:
             return known[1]
-        info = (await client.request(f"search:{index}", {"info": True}, parent=request.id, retries=3)).body
+        info = (
+            await client.request(
+                f"search:{index}",
+                {"info": True},
+                parent=request.id,
+                retries=3,
+                wait_service=request.wait,
+                deadline=max(REQUEST_DEADLINE, request.wait),
+            )
+        ).body
+        if info.get("kind", "datastore") != "datastore":
+            raise Refused(f"index {index} is no datastore of a model's states: ask for it with policy=context")
         model, width = self._loaded, self._loaded.config.hidden
         if info.get("fingerprint") != model.fingerprint or info.get("d") != width:
             raise Refused(
                 f"index {index} was built with {info.get('model')} ({info.get('fingerprint')}, d={info.get('d')}), "
                 f"not with this model ({model.fingerprint}, d={width}): build it anew with `ralmq index build`"
             )
-        self._known[index] = (now, str(info.get("metric", "l2")))
-        return self._known[index][1]
+        if counts:  # the first one to ask waits until they are counted, and not a row amid its text
+            none = np.empty((0, 0), np.int32)
+            await client.request(f"search:{index}", {"ngram": 1}, tensors=[none], parent=request.id, retries=3)
+        self._known[index, counts] = (now, str(info.get("metric", "l2")))
+        return self._known[index, counts][1]
