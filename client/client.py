@@ -13,13 +13,13 @@ from ..schema.errors import Busy, Refused
 from ..schema.limits import MAX_DEADLINE_MS
 from ..schema.message import Final, Hello
 from . import changes
-from .fanout import Ask, Fanout, Layout
+from .fanout import Fanout, Layout
 from .generation import Generation, generation_request
 from .link import Link
 from .losses import names_of
 from .pending import WINDOW, Pending
 from .results import Array, Hits, Reply
-from .search import encoder_of, hits_of, is_text, search_request, text_request, vectors_of
+from .search import encoder_of, hits_of, is_text, rows_of, search_body, vectors_of
 from .stream import Stream, pause
 
 REQUEST_DEADLINE = 30.0  # seconds
@@ -217,38 +217,55 @@ class Client:
         *,
         k: int = 10,
         nprobe: int | None = None,
+        ef: int | None = None,
+        filter: dict[str, Any] | None = None,
+        exact: bool = False,
         lists: tuple[Any, Any] | None = None,
         payloads: bool = True,
+        partial: bool = False,
         deadline: float = REQUEST_DEADLINE,
         wait_service: float = 0.0,
         retries: int = 0,
     ) -> Hits:
-        """Nearest neighbours of vectors in an index.
+        """Nearest neighbours in an index, whole or in shards.
 
         Args:
             query: float32 [queries, d] or [d]; or text or a list of texts, which an index of vectors has encoded by the
                 encoder that it names.
-            nprobe: lists of an IVF index to look at; None for the index's own default.
+            nprobe, ef: how far an IVF, an HNSW index looks; None for the index's own default.
+            filter: which payloads count, as {"lang": "de", "year": {"gte": 2020}}; see docs/retrieval.md.
+            exact: compare with every vector.
             lists: lists to look at that the asker chose: ids int64 [queries, nprobe] and the queries'
                 distances to their centroids, float32 of the same shape.
             payloads: also what the index knows of each neighbour; leave it out for thousands of neighbours.
+            partial: do without shards that are lost or late; `Hits.coverage` says how much was searched.
         """
-        loop = asyncio.get_running_loop()
-        end = _end(deadline)
-
-        async def ask(service: str, body: dict[str, Any], tensors: Sequence[Any] = ()) -> Reply:
-            left = max(0.001, end - loop.time())
-            return await self.request(
-                service, body, tensors=tensors, deadline=left, wait_service=wait_service, retries=retries
-            )
-
+        fanout, end = self._fanout(deadline, wait_service, retries)
         if is_text(query):
-            texts = [query] if isinstance(query, str) else query
-            if not (encoder := encoder_of(await ask(f"search:{index}", {"info": True}))):
-                return hits_of(await ask(f"search:{index}", text_request(texts, k, payloads)))
-            query = vectors_of(await ask(encoder, {"texts": list(texts)}))
-        body, tensors = search_request(query, k, nprobe, payloads, lists)
-        return hits_of(await ask(f"search:{index}", body, tensors))
+            texts = [query] if isinstance(query, str) else list(query)
+            encoder = encoder_of((await fanout.layout(index, end)).info)
+            if not encoder:
+                body = search_body(payloads, text=texts, k=k, filter=filter)
+                return hits_of(await fanout.search(index, body, (), end, partial=partial))
+            query = vectors_of(await fanout.ask(encoder, {"texts": texts}, (), end))
+        known = search_body(payloads, k=k, nprobe=nprobe, ef=ef, filter=filter, exact=exact or None)
+        body = {**known, "following": False, **({"lists": True} if lists is not None else {})}
+        return hits_of(await fanout.search(index, body, [rows_of(query), *(lists or ())], end, partial=partial))
+
+    async def search_reply(
+        self,
+        index: str,
+        body: dict[str, Any],
+        tensors: Sequence[Any],
+        *,
+        deadline: float = REQUEST_DEADLINE,
+        wait_service: float = 0.0,
+        retries: int = 0,
+        priority: int = 4,
+    ) -> Reply:
+        """The reply of `search:<index>` as it is, shards merged: for what needs more of it than `search` gives."""
+        fanout, end = self._fanout(deadline, wait_service, retries, priority)
+        return await fanout.search(index, body, tensors, end)
 
     async def add(
         self,
@@ -272,9 +289,9 @@ class Client:
             fields: a map for each, its payload; filters name its keys. For an index of texts each holds a `text`.
             upsert: replace what has one of the ids; else such an id is refused.
         """
-        ask, end = self._asking(deadline, wait_service, retries)
-        layout = await self._layout(ask, index, end)
-        return await changes.add(ask, index, layout, vectors, ids, fields, upsert, end)
+        fanout, end = self._fanout(deadline, wait_service, retries)
+        layout = await fanout.layout(index, end)
+        return await changes.add(fanout.ask, index, layout, vectors, ids, fields, upsert, end)
 
     async def delete(
         self,
@@ -286,15 +303,15 @@ class Client:
         retries: int = 0,
     ) -> int:
         """Deletes ids from a live index; how many of them there were."""
-        ask, end = self._asking(deadline, wait_service, retries)
-        return await changes.delete(ask, index, await self._layout(ask, index, end), ids, end)
+        fanout, end = self._fanout(deadline, wait_service, retries)
+        return await changes.delete(fanout.ask, index, await fanout.layout(index, end), ids, end)
 
     async def snapshot(
         self, index: str, *, deadline: float = GENERATION_DEADLINE, wait_service: float = 0.0, retries: int = 0
     ) -> list[str]:
         """Writes a snapshot of a live index; its version, of each shard."""
-        ask, end = self._asking(deadline, wait_service, retries)
-        return await changes.on_each(ask, index, await self._layout(ask, index, end), {"snapshot": True}, end)
+        fanout, end = self._fanout(deadline, wait_service, retries)
+        return await changes.on_each(fanout.ask, index, await fanout.layout(index, end), {"snapshot": True}, end)
 
     async def use(
         self,
@@ -310,27 +327,27 @@ class Client:
         Args:
             directory: where its server finds it.
         """
-        ask, end = self._asking(deadline, wait_service, retries)
+        fanout, end = self._fanout(deadline, wait_service, retries)
         body = {"open": os.path.abspath(os.path.expanduser(directory))}
-        return await changes.on_each(ask, index, await self._layout(ask, index, end), body, end)
+        return await changes.on_each(fanout.ask, index, await fanout.layout(index, end), body, end)
 
-    def _asking(self, deadline: float, wait_service: float, retries: int) -> tuple[Ask, float]:
-        """What asks one of the requests of a call, and the loop time by which it must have ended."""
+    def _fanout(self, deadline: float, wait_service: float, retries: int, priority: int = 4) -> tuple[Fanout, float]:
+        """What asks an index, and the loop time by which a call must have ended."""
         loop = asyncio.get_running_loop()
 
         async def ask(service: str, body: dict[str, Any], tensors: Sequence[Any], end: float) -> Reply:
             left = max(0.001, end - loop.time())
             return await self.request(
-                service, body, tensors=tensors, deadline=left, wait_service=wait_service, retries=retries
+                service,
+                body,
+                tensors=tensors,
+                deadline=left,
+                wait_service=wait_service,
+                retries=retries,
+                priority=priority,
             )
 
-        return ask, _end(deadline)
-
-    async def _layout(self, ask: Ask, index: str, end: float) -> Layout:
-        """How an index is spread; its shards stay as many while this client is open."""
-        if index not in self._layouts:
-            self._layouts[index] = await Fanout(ask).layout(index, end)
-        return self._layouts[index]
+        return Fanout(ask, self._layouts), _end(deadline)
 
     async def status(self, *, deadline: float = REQUEST_DEADLINE) -> dict[str, Any]:
         """Broker, workers, services and pipelines, as plain data."""

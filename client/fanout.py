@@ -55,11 +55,12 @@ class Fanout:
 
     Args:
         ask: one request: service, body, tensors, loop time by which it must have ended.
+        known: layouts from before; grows.
     """
 
-    def __init__(self, ask: Ask) -> None:
-        self._ask = ask
-        self._known: dict[str, Layout] = {}
+    def __init__(self, ask: Ask, known: dict[str, Layout] | None = None) -> None:
+        self.ask = ask
+        self._known = {} if known is None else known
 
     async def layout(self, index: str, end: float) -> Layout:
         """How the index is spread.
@@ -90,7 +91,7 @@ class Fanout:
         try:
             return await self._searched(index, layout, body, tensors, end, partial)
         except (NoService, Refused):
-            del self._known[index]
+            self._known.pop(index, None)
             if not known:
                 raise
             again = await self.layout(index, end)
@@ -99,21 +100,21 @@ class Fanout:
         return await self._searched(index, again, body, tensors, end, partial)
 
     async def _asked(self, index: str, end: float) -> Layout:
-        info = (await self._ask(f"search:{index}", {"info": True}, (), end)).body
+        info = (await self.ask(f"search:{index}", {"info": True}, (), end)).body
         shards = info.get("shards", 1)
         if type(shards) is not int or shards < 1:
             raise WorkerFailed(f"search:{index} does not say how many shards it has: is another program serving it?")
         owners = None
         if shards > 1 and info.get("by") == "list":
-            reply = await self._ask(f"search:{index}", {"owners": True}, (), end)
+            reply = await self.ask(f"search:{index}", {"owners": True}, (), end)
             owners = reply.tensors[0].numpy()
         return Layout(shards, owners, info)
 
     async def _searched(
         self, index: str, layout: Layout, body: dict[str, Any], tensors: Sequence[Any], end: float, partial: bool
     ) -> Reply:
-        if layout.shards == 1:
-            reply = await self._ask(f"search:{index}", body, tensors, end)
+        if layout.shards == 1 or "ngram" in body:  # each shard has the whole text
+            reply = await self.ask(f"search:{index}", body, tensors, end)
             return Reply({**reply.body, "shards": [1, 1]}, reply.tensors)
         if layout.info.get("version"):
             body = {**body, "version": layout.info["version"]}
@@ -136,8 +137,8 @@ class Fanout:
         if partial:
             now = asyncio.get_running_loop().time()
             with contextlib.suppress(*MISSING):
-                return await self._ask(f"search:{index}", body, tensors, now + (end - now) / 3)
-        return await self._ask(f"search:{index}", body, tensors, end)
+                return await self.ask(f"search:{index}", body, tensors, now + (end - now) / 3)
+        return await self.ask(f"search:{index}", body, tensors, end)
 
     async def _all(self, index: str, parts: list[Part], body: dict[str, Any], end: float, partial: bool) -> int:
         """Asks every part; how many gave no answer."""
@@ -146,7 +147,7 @@ class Fanout:
         left = end - asyncio.get_running_loop().time()
         wait = left - min(AT_MOST, MARGIN * left) if partial else None
         tasks = [
-            asyncio.ensure_future(self._ask(f"search:{index}/{part.shard}", body, part.tensors, end)) for part in parts
+            asyncio.ensure_future(self.ask(f"search:{index}/{part.shard}", body, part.tensors, end)) for part in parts
         ]
         try:
             how = asyncio.ALL_COMPLETED if partial else asyncio.FIRST_EXCEPTION

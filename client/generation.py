@@ -128,10 +128,11 @@ class Generation:
             try:
                 body = (await self._stream.__anext__()).body
             except StopAsyncIteration:
-                return self._end()
+                if not self._lacks():
+                    return self._end()
+                await self._again(WorkerLost("its generator ended it without its last token"))
             except WorkerLost as lost:
-                await self._losses.add(lost, "its generators were")
-                self._stream = self._ask({"made": self._made, "ended": self._ended})
+                await self._again(lost)
             else:
                 if self._new(body):
                     return _token(body)
@@ -139,6 +140,16 @@ class Generation:
     async def aclose(self) -> None:
         """Gives the generation up where it has not ended."""
         await self._stream.aclose()
+
+    async def _again(self, lost: WorkerLost) -> None:
+        await self._losses.add(lost, "its generators were")
+        self._stream = self._ask({"made": self._made, "ended": self._ended})
+
+    def _lacks(self) -> bool:
+        """Whether more tokens were made than came."""
+        final = self._stream.final
+        counted = final.body.get("usage", {}).get("completion_tokens", 0) if final is not None else 0
+        return bool(sum(map(len, self._made)) < counted)
 
     def _new(self, body: dict[str, Any]) -> bool:
         """Takes note of a part; False for what the reader has, or need not see."""

@@ -233,6 +233,8 @@ class Link:
             pending.take(prefix, message)
             if pending.ended:
                 del self._asked[prefix.id]
+                if isinstance(message, Partial):  # it ended on this side: its worker goes on
+                    self.send(Cancel(), id=prefix.id, attempt=prefix.attempt)
         elif isinstance(message, Beat):
             self._heard = message.progress
         elif isinstance(message, Bye) and prefix.attempt != PLEASE:

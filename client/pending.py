@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..schema.errors import RalmqError, RequestCancelled, error_of
+from ..schema.errors import RalmqError, RequestCancelled, WorkerLost, error_of
 from ..schema.frame import Prefix
 from ..schema.message import Error, Final, Partial
 
@@ -60,6 +60,12 @@ class Pending:
             # the sequence wraps at 2^16; a part numbered 0 out of turn is the first of another worker
             if self._placed != prefix.attempt or (prefix.sequence == 0 and self._place & 0xFFFF):
                 self._placed, self._place = prefix.attempt, 0
+            ahead = (prefix.sequence - self._place) & 0xFFFF
+            if ahead > 0x7FFF:
+                return  # it came twice
+            if ahead:
+                self.end(WorkerLost("its worker left a part of the answer out: ask again", request_id=self.id))
+                return
             self._place += 1
             if self._place > self._received:
                 self._received = self._place

@@ -59,9 +59,16 @@ class Hits:
         distances: float32 [queries, k], in the index's metric.
         payloads: for each query, a map for each neighbour, empty where there is none: its `document`, the `start` of a
             window of `tokens` in it, of which the first `split` led to the neighbour; where the index holds a
-            tokenizer, both parts as text, `context` and `continuation`.
+            tokenizer, both parts as text, `context` and `continuation`. Else the fields that it was added with.
+        shards: how many of the index's shards the answer holds, and of how many.
     """
 
     ids: Array
     distances: Array
     payloads: list[list[dict[str, Any]]]
+    shards: tuple[int, int] = (1, 1)
+
+    @property
+    def coverage(self) -> float:
+        """The share of the index that was searched: below 1 only where a partial answer was allowed."""
+        return self.shards[0] / self.shards[1]

@@ -1,6 +1,5 @@
 """The asking side of `search:<index>`: vectors in, neighbours out. Knows the body's fields, no faiss."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,16 +8,16 @@ from ..schema.errors import WorkerFailed
 from .results import Hits, Reply
 
 
-def search_request(
-    vectors: Any, k: int, nprobe: int | None, payloads: bool, lists: tuple[Any, Any] | None = None
-) -> tuple[dict[str, Any], list[Any]]:
-    """Body and tensors of a search; one vector [d] counts as one query."""
+def search_body(payloads: bool, **options: Any) -> dict[str, Any]:
+    """The fields of a search; those that are None are the index's own choice."""
+    return {"payloads": payloads, **{name: value for name, value in options.items() if value is not None}}
+
+
+def rows_of(vectors: Any) -> Any:
+    """Queries as a tensor [m, d]; one vector [d] counts as one query."""
     if isinstance(vectors, np.ndarray | list | tuple):
-        vectors = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
-    body: dict[str, Any] = {"k": k, "following": False, "payloads": payloads}
-    if lists is not None:
-        body["lists"] = True
-    return (body if nprobe is None else {**body, "nprobe": nprobe}), [vectors, *(lists or ())]
+        return np.atleast_2d(np.asarray(vectors, dtype=np.float32))
+    return vectors
 
 
 def is_text(query: Any) -> bool:
@@ -26,12 +25,7 @@ def is_text(query: Any) -> bool:
     return isinstance(query, str) or (isinstance(query, list | tuple) and bool(query) and isinstance(query[0], str))
 
 
-def text_request(texts: Sequence[str], k: int, payloads: bool) -> dict[str, Any]:
-    """Body of a search in an index of texts, which takes them as they are."""
-    return {"text": list(texts), "k": k, "payloads": payloads}
-
-
-def encoder_of(info: Reply) -> str:
+def encoder_of(info: dict[str, Any]) -> str:
     """Who makes an index's vectors of text, by what the index says of itself: `embed:` and its encoder or its model.
 
     Empty for an index of texts, which needs nobody.
@@ -39,9 +33,9 @@ def encoder_of(info: Reply) -> str:
     Raises:
         WorkerFailed: it names neither.
     """
-    if info.body.get("kind") == "text":
+    if info.get("kind") == "text":
         return ""
-    name = info.body.get("encoder") or info.body.get("model")
+    name = info.get("encoder") or info.get("model")
     if not isinstance(name, str) or not name:
         raise WorkerFailed("the index names no encoder of its vectors: search it with vectors")
     return f"embed:{name}"
@@ -67,4 +61,5 @@ def hits_of(reply: Reply) -> Hits:
     if len(reply.tensors) < 2:
         raise WorkerFailed("the index answered without ids and distances: is another program serving its name?")
     ids, distances = reply.tensors[0].numpy(), reply.tensors[1].numpy()
-    return Hits(ids, distances, reply.body.get("payloads", [[] for _ in ids]))
+    found, shards = reply.body.get("shards", (1, 1))
+    return Hits(ids, distances, reply.body.get("payloads", [[] for _ in ids]), (found, shards))

@@ -107,3 +107,21 @@ async def test_an_error_of_a_later_version_is_still_an_error() -> None:
     with pytest.raises(errors.RalmqError, match="what it says") as caught:
         await pending.next()
     assert type(caught.value) is errors.RalmqError
+
+
+async def test_a_part_that_comes_twice_is_passed_over() -> None:
+    pending = pending_of()
+    for number in (0, 1, 1, 2, 3, 2, 3, 4):
+        part(pending, number)
+    end(pending, Final())
+    assert await read(pending) == list(range(5))
+
+
+async def test_a_part_that_was_left_out_is_the_end() -> None:
+    pending = pending_of()
+    for number in (0, 1, 3):
+        part(pending, number)
+    end(pending, Final())
+    assert [(await pending.next()).body["n"] for _ in range(2)] == [0, 1]
+    with pytest.raises(errors.WorkerLost, match="left a part"):
+        await pending.next()

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from ralmq.schema.codec import decode, encode
 from ralmq.schema.message import Final
-from ralmq.workers.index.answer import MAX_PAYLOADS, NAME_BYTES, TEXT_BYTES, answer
-from ralmq.workers.index.store import BadQuery, OpenIndex, open_index
+from ralmq.workers.index.answer import MAX_PAYLOADS, answer
+from ralmq.workers.index.datastore import NAME_BYTES, TEXT_BYTES
+from ralmq.workers.index.query import BadQuery, Params
+from ralmq.workers.index.store import OpenIndex, open_index
 from ralmq.workers.index.stream import TokenStream
 from tokenizers import Tokenizer, decoders, models
 
@@ -27,19 +29,28 @@ def test_info(index: OpenIndex) -> None:
     assert arrays == []
     assert body == {
         "name": "docs",
+        "kind": "datastore",
         "d": 4,
         "ntotal": 17,
         "metric": "l2",
+        "factory": "Flat",
+        "nlist": 0,
         "fingerprint": "abc",
         "model": "tiny",
+        "encoder": "",
         "tokens_per_payload": 8,
+        "shards": 1,
+        "shard": 0,
+        "by": "rows",
+        "version": index.manifest.version,
+        "live": False,
     }
 
 
 def test_hits_and_what_follows_them(index: OpenIndex) -> None:
     body, (ids, distances, payloads) = answer(index, {"k": 5, "nprobe": 2}, [QUERIES])
-    wanted_ids, wanted_distances = index.search(QUERIES, 5)
-    assert body == {}
+    wanted_ids, wanted_distances = index.search(QUERIES, Params(5))
+    assert body == {"version": index.manifest.version}
     assert ids.tolist() == wanted_ids.tolist() and distances.tolist() == wanted_distances.tolist()
     assert payloads.tolist() == index.following(ids).tolist()
     assert [array.tolist() for array in answer(index, {"k": 5, "following": False}, [QUERIES])[1]] == [
@@ -71,9 +82,10 @@ def test_payloads(index: OpenIndex) -> None:
     [
         ({"K": 3}, [QUERIES], "unknown field K"),
         ({3: 3}, [QUERIES], "unknown field 3"),
+        ({"text": ["a"]}, [], "searched with vectors, not text"),
         ({"payloads": "yes"}, [QUERIES], "payloads is 'yes'; send true or false"),
         ({"info": []}, [], "info is []"),
-        ({}, [], "0 arrays came; send one"),
+        ({}, [], "0 arrays came; send 1, the queries"),
         ({}, [QUERIES, QUERIES], "2 arrays came"),
         ({"k": 0}, [QUERIES], "k is 0"),
         ({"k": "x"}, [QUERIES], "k is 'x'"),

@@ -19,6 +19,7 @@ from ralmq.workers.datastore.score import ScoreError, describe, score
 from ralmq.workers.datastore.sources import Document, SourceError
 from ralmq.workers.datastore.tokenized import tokenize
 from ralmq.workers.index.directory import OutputError
+from ralmq.workers.index.query import Params
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.stream import TokenStream
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -47,7 +48,8 @@ def test_every_token_is_an_entry_once(scorer: Scorer, words: Tokenizer, tmp_path
         for place in range(len(ids) - 1)
     ]
     assert payloads.tolist() == wanted
-    assert index.tokenizer is not None and index.tokenizer.to_str() == words.to_str()
+    assert index.datastore is not None and index.datastore.tokenizer is not None
+    assert index.datastore.tokenizer.to_str() == words.to_str()
 
 
 def test_keys_belong_to_their_entries(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
@@ -286,7 +288,7 @@ def test_queries_are_asked_in_parts(scorer: Scorer, words: Tokenizer, tmp_path: 
         held = await score_held_out(scorer, model="tiny", documents=documents, tokenizer=words)
         found = await retrieve(scorer, "docs", held, k=4)
         assert len(scorer.searched) == 1 + 3
-        ids, distances = index.search(held.scored.hidden, 4)
+        ids, distances = index.search(held.scored.hidden, Params(4))
         assert found.ids.tolist() == ids.tolist() and found.distances.tolist() == distances.tolist()
         assert found.values.tolist() == index.following(ids)[..., 0].tolist()
 

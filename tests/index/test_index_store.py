@@ -9,7 +9,9 @@ import faiss
 import numpy as np
 import pytest
 from ralmq.schema.errors import Refused
-from ralmq.workers.index.store import MAX_HITS, BadQuery, OpenIndex, open_index
+from ralmq.workers.index.answer import answer
+from ralmq.workers.index.query import MAX_HITS, BadQuery, Params
+from ralmq.workers.index.store import OpenIndex, open_index
 from ralmq.workers.index.stream import TokenStream
 
 Build = Callable[..., Path]
@@ -38,7 +40,7 @@ def test_search_is_exact(build: Build, metric: str, factory: str) -> None:
     vectors, queries = numbers(600, 12), numbers(9, 12)
     stream = long_stream(601)
     index = open_index(build(vectors=vectors, stream=stream, entries=stream.entries(), metric=metric, factory=factory))
-    ids, distances = index.search(queries, 5, nprobe=8)
+    ids, distances = index.search(queries, Params(5, nprobe=8))
     wanted, scores = brute(vectors, queries, 5, metric)
     assert ids.dtype == np.int64 and distances.dtype == np.float32
     assert ids.tolist() == wanted.tolist()
@@ -48,23 +50,23 @@ def test_search_is_exact(build: Build, metric: str, factory: str) -> None:
 def test_nprobe_is_the_number_of_lists_looked_into(build: Build) -> None:
     vectors, stream = numbers(600, 12), long_stream(601)
     index = open_index(build(vectors=vectors, stream=stream, entries=stream.entries(), factory="IVF20,Flat"))
-    found = [int((index.search(vectors[:1], 600, nprobe=probe)[0] >= 0).sum()) for probe in (1, 2, 8, 20, 999)]
-    assert found == sorted(found) and found[0] < found[2] < 600 == found[3] == found[4]
-    assert int((index.search(vectors[:1], 600)[0] >= 0).sum()) == found[2]  # 8 is the default
-    ids, distances = index.search(vectors[:1], 600, nprobe=1)
+    found = [int((index.search(vectors[:1], Params(600, nprobe=probe))[0] >= 0).sum()) for probe in (1, 2, 8, 20)]
+    assert found == sorted(found) and found[0] < found[2] < 600 == found[3]
+    assert int((index.search(vectors[:1], Params(600))[0] >= 0).sum()) == found[2]  # 8 is the default
+    ids, distances = index.search(vectors[:1], Params(600, nprobe=1))
     assert np.isinf(distances[ids < 0]).all() and np.isfinite(distances[ids >= 0]).all()
 
 
 @pytest.mark.parametrize(("metric", "far"), [("l2", np.inf), ("ip", -np.inf)])
 def test_more_asked_than_there_are(build: Build, metric: str, far: float) -> None:
-    ids, distances = open_index(build(metric=metric)).search(numbers(2, 4), 30)
+    ids, distances = open_index(build(metric=metric)).search(numbers(2, 4), Params(30))
     assert sorted(ids[0, :17].tolist()) == list(range(17))
     assert (ids[:, 17:] == -1).all() and (distances[:, 17:] == far).all()
 
 
 def test_no_queries(build: Build) -> None:
     index = open_index(build())
-    ids, distances = index.search(numbers(0, 4), 3)
+    ids, distances = index.search(numbers(0, 4), Params(3))
     assert ids.shape == distances.shape == (0, 3)
     assert index.following(ids).shape == (0, 3, 8)
 
@@ -76,11 +78,16 @@ def test_queries_out_of_a_frame_are_copied(build: Build) -> None:
     assert not misaligned.flags.aligned
     turned = np.asfortranarray(queries)
     for given in (misaligned, turned):
-        assert index.search(given, 4)[0].tolist() == index.search(queries, 4)[0].tolist()
+        assert found(index, given).tolist() == found(index, queries).tolist()
+
+
+def found(index: OpenIndex, queries: np.ndarray) -> np.ndarray:
+    return answer(index, {"k": 4}, [queries])[1][0]
 
 
 def good(index: OpenIndex, **changed: Any) -> Any:
-    return index.search(**{"queries": numbers(2, 4), "k": 3, **changed})
+    asked = {"queries": numbers(2, 4), "k": 3, **changed}
+    return answer(index, asked, [asked.pop("queries")])
 
 
 @pytest.mark.parametrize(
@@ -143,11 +150,11 @@ def test_passages(build: Build) -> None:
 
 def test_threads_are_set_where_the_search_runs(build: Build) -> None:
     """OpenMP counts threads per calling thread: a number set when the index is opened would not hold in a pool."""
-    index = open_index(build(), threads=3)
+    index = open_index(build())
     seen: list[int] = []
 
     def work() -> None:
-        index.search(numbers(1, 4), 1)
+        index.search(numbers(1, 4), Params(1), threads=3)
         seen.append(faiss.omp_get_max_threads())
 
     thread = threading.Thread(target=work)

@@ -14,11 +14,12 @@ from ralmq.broker.server import Server
 from ralmq.client.client import Client, connect
 from ralmq.schema.errors import Refused
 from ralmq.schema.tensor import tensor_of
-from ralmq.workers.base import Request
+from ralmq.workers.base import Request, Worker
 from ralmq.workers.host import Host
 from ralmq.workers.index import worker as module
-from ralmq.workers.index.answer import answer
+from ralmq.workers.index.answer import answers
 from ralmq.workers.index.manifest import ManifestError
+from ralmq.workers.index.query import Params
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.worker import Index
 from ralmq.workers.options import build as options
@@ -49,7 +50,7 @@ def test_a_client_searches_it(build: Callable[..., Path]) -> None:
             wanted = open_index(path)
             for service in ("docs", "other"):
                 hits = await client.search(service, QUERIES, k=5)
-                ids, distances = wanted.search(QUERIES, 5)
+                ids, distances = wanted.search(QUERIES, Params(5))
                 assert hits.ids.tolist() == ids.tolist() and hits.distances.tolist() == distances.tolist()
                 assert [row[0]["tokens"] for row in hits.payloads] == [
                     passage.tokens.tolist() for passage in wanted.passages(ids[:, 0]) if passage is not None
@@ -57,7 +58,7 @@ def test_a_client_searches_it(build: Callable[..., Path]) -> None:
             info = await client.request("search:docs", {"info": True})
             assert (info.body["d"], info.body["fingerprint"], info.body["ntotal"]) == (4, "abc", 17)
             reply = await client.request("search:docs", {"k": 2, "following": True}, tensors=[QUERIES])
-            assert reply.tensors[2].numpy().tolist() == wanted.following(wanted.search(QUERIES, 2)[0]).tolist()
+            assert reply.tensors[2].numpy().tolist() == wanted.following(wanted.search(QUERIES, Params(2))[0]).tolist()
 
     asyncio.run(main())
 
@@ -79,34 +80,48 @@ def test_the_loop_turns_while_it_searches(build: Callable[..., Path], monkeypatc
     """The search waits for something that only the loop can do."""
     path, turned = build(), threading.Event()
 
-    def waiting(*given: Any) -> Any:
+    def waiting(*given: Any, **how: Any) -> Any:
         assert turned.wait(10)
-        return answer(*given)
+        return answers(*given, **how)
 
-    monkeypatch.setattr(module, "answer", waiting)
+    monkeypatch.setattr(module, "answers", waiting)
 
     async def main() -> None:
         worker = Index(index=path)
         await worker.start()
         asyncio.get_running_loop().call_later(0.01, turned.set)
         body, arrays = await worker.handle(Request("search:docs", {"k": 2}, [tensor_of(QUERIES)]))
-        assert body == {} and arrays[0].shape == (3, 2)
+        assert body.keys() == {"version"} and arrays[0].shape == (3, 2)
+        await worker.stop()
 
     asyncio.run(main())
+
+
+async def services(worker: Worker) -> tuple[str, ...]:
+    await worker.start()
+    await worker.stop()
+    return worker.services
 
 
 def test_options(build: Callable[..., Path], tmp_path: Path) -> None:
     path = build()
     worker = options(find("index"), [f"index={path}", "name=mine", "threads=2"])
-    asyncio.run(worker.start())
-    assert worker.services == ("search:mine",) and worker.idempotent
+    assert asyncio.run(services(worker)) == ("search:mine",) and worker.idempotent
     for pairs, said in (
         ([], "needs -o index="),
         ([f"index={path}", "name=a b"], "a name is"),
         ([f"index={path}", "threads=0"], "give at least 1"),
-        ([f"index={path}", "shard=0/4"], "no option shard"),
+        ([f"index={path}", "shard=4/4"], "give the shard and how many there are"),
+        ([f"index={path}", "shard=first"], "give the shard and how many there are"),
+        ([f"index={path}", "batch=0"], "give at least 1"),
+        ([f"index={path}", "nprobe=-1"], "give at least 0"),
+        ([f"index={path}", "wait_ms=nan"], "give 0 to 1000 milliseconds"),
+        ([f"index={path}", "recall=1.5"], "give 0 to 1"),
+        ([f"index={path}", "recall_goal=nan"], "give 0 to 1"),
     ):
         with pytest.raises(Refused, match=said):
             options(Index, pairs)
+    with pytest.raises(Refused, match="holds shard 0 of 1; mend -o shard"):
+        asyncio.run(Index(index=path, shard="0/4").start())
     with pytest.raises(ManifestError, match="no such index directory"):
         asyncio.run(Index(index=tmp_path / "none").start())

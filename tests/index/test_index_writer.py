@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from ralmq.workers.index import directory, writer
 from ralmq.workers.index.directory import OutputError, replacing
+from ralmq.workers.index.factory import default_factory
+from ralmq.workers.index.manifest import FILES, read_manifest
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.stream import TokenStream
-from ralmq.workers.index.writer import default_factory
 from tokenizers import Tokenizer
 
 Build = Callable[..., Path]
@@ -90,7 +91,7 @@ def test_an_index_with_a_tokenizer_is_replaced_by_one_without(build: Build, word
     index = build(tokenizer=words.to_str())
     assert (index / "tokenizer.json").read_text() == words.to_str()
     build()
-    assert not (index / "tokenizer.json").exists() and open_index(index).tokenizer is None
+    assert not (index / "tokenizer.json").exists() and read_manifest(index).files.keys() == set(FILES)
 
 
 def test_a_file_of_the_user_is_never_deleted(build: Build, tmp_path: Path) -> None:
@@ -130,9 +131,15 @@ def test_missing_parents_are_made_and_an_empty_directory_is_used(tmp_path: Path)
         ({"entries": np.arange(17, dtype=np.int32)}, "entries are int32"),
         ({"entries": np.arange(4, 21)}, "entries leave the stream of 20 tokens"),
         ({"entries": np.arange(-1, 16)}, "entries leave the stream"),
-        ({"factory": "Nonsense"}, "faiss knows no such index"),
-        ({"factory": "HNSW8"}, "no such index is served"),
+        ({"factory": "Nonsense"}, "no such index is served; give Flat, IVF"),
+        ({"factory": "HNSW8,SQ8"}, "no such index is served"),
         ({"factory": "IVF18,Flat"}, "18 lists for 17 vectors"),
+        ({"factory": "IVF2,PQ3"}, "4 dimensions are no multiple of 3"),
+        ({"factory": "IVF2,PQ2"}, "needs 256 vectors to train its codes, 17 came"),
+        ({"shards": 0}, "0 shards for 17 vectors"),
+        ({"shards": 18}, "18 shards for 17 vectors"),
+        ({"shards": 2, "by": "list"}, "has no lists to spread by"),
+        ({"shards": 3, "by": "list", "factory": "IVF2,Flat"}, "2 lists for 3 shards"),
     ],
 )
 def test_what_cannot_be_an_index(build: Build, tmp_path: Path, changed: dict[str, Any], said: str) -> None:

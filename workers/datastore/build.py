@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -34,17 +35,16 @@ async def build_datastore(
     max_tokens: int | None = None,
     sources: Sequence[str] = (),
     in_flight: int = IN_FLIGHT,
-    factory: str | None = None,
-    threads: int = 1,
-    seed: int = 0,
     progress: Progress = silent,
+    **how: Any,
 ) -> Manifest:
     """Scores `documents` with `lm:<model>` over `client` and writes the index directory `out`, atomically.
 
     An entry's key is the hidden state at the last layer's FFN input, its value the next token (kNN-LM, Khandelwal et
     al., 2020); each token but a document's last is an entry once. The directory carries `tokenizer`, so that the index
-    can give its passages as text. `progress(stage, done, total)` hears of the stages tokenize, score, train and fill,
-    the last two from another thread. Raises OutputError, SourceError, RalmqError, OSError.
+    can give its passages as text. `how`: fields of writer.Build, such as factory or shards. `progress(stage, done,
+    total)` hears of the stages tokenize, score, train and fill, the last two from another thread. Raises OutputError,
+    SourceError, RalmqError, OSError.
     """
     check_name(name)
     check_replaceable(out, OWN_FILES)
@@ -64,10 +64,8 @@ async def build_datastore(
             fingerprint=scored.info.fingerprint,
             tokenizer=tokenizer.to_str(),
             sources=sources,
-            factory=factory,
-            threads=threads,
-            seed=seed,
             progress=told,
+            **how,
         )
 
     return await _in_thread(write, progress)

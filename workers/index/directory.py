@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...schema.errors import Refused
+
+_SHARD = re.compile(r"shard-\d+")
 
 
 class OutputError(Refused, ValueError):
@@ -19,13 +22,28 @@ class OutputError(Refused, ValueError):
 def check_replaceable(out: Path, own: Collection[str]) -> None:
     """Raises OutputError unless `out` is absent or a directory that holds nothing but files named in `own`.
 
-    Replacing deletes the old directory, so one with anything else in it is the user's, not ours.
+    Folders shard-0, shard-1 ... may be there that hold nothing else. Replacing deletes the old directory, so one with
+    anything else in it is the user's, not ours.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out}: is not a plain directory; choose another --out")
-    foreign = sorted(entry.name for entry in out.iterdir() if entry.name not in own) if out.exists() else []
+    foreign = sorted(_foreign(out, own)) if out.exists() else []
     if foreign:
         raise OutputError(f"{out}: holds files that are no part of an index ({foreign[0]}); choose another --out")
+
+
+def shard_name(shard: int) -> str:
+    """The folder of a shard within the directory of its index."""
+    return f"shard-{shard}"
+
+
+def _foreign(out: Path, own: Collection[str], deeper: bool = True) -> Iterator[str]:
+    for entry in out.iterdir():
+        if deeper and _SHARD.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
+            for name in _foreign(entry, own, False):
+                yield f"{entry.name}/{name}"
+        elif entry.name not in own:
+            yield entry.name
 
 
 @contextmanager
@@ -43,7 +61,7 @@ def replacing(out: Path, own: Collection[str]) -> Iterator[Path]:
         fresh = work / "new"
         fresh.mkdir()
         yield fresh
-        for path in (*fresh.iterdir(), fresh):
+        for path in (*fresh.rglob("*"), fresh):
             _sync(path)
         _swap(fresh, out, work / "old")
         _sync(out.parent)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ...schema.errors import Refused
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 VECTORS = "index.faiss"
 PAYLOADS = "payloads.npy"
@@ -22,7 +22,14 @@ ENTRIES = "entries.npy"
 TOKENS = "tokens.npy"
 DOCUMENTS = "documents.json"
 TOKENIZER = "tokenizer.json"
-FILES = (VECTORS, PAYLOADS, ENTRIES, TOKENS, DOCUMENTS)  # of every index; TOKENIZER only where its texts can be read
+IDS = "ids.npy"
+OWNERS = "owners.npy"
+FIELDS = "fields.db"
+SEAL = "manifest.sha256"  # of a snapshot: the manifest's own sha256, hex
+FILES = (VECTORS, PAYLOADS, ENTRIES, TOKENS, DOCUMENTS)  # of every datastore; TOKENIZER where its texts can be read
+KINDS = {"datastore": (FILES, {TOKENIZER, IDS, OWNERS}), "vectors": ((VECTORS,), {FIELDS, IDS, OWNERS})}
+METRICS = ("l2", "ip", "cosine")
+LAYOUTS = ("rows", "list")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -44,38 +51,66 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One index: `ntotal` float32 vectors of `dimension`, each with `tokens_per_payload` following token ids.
+    """One index, or one shard of it: `ntotal` float32 vectors of `dimension`, of `total` in all shards.
 
-    `fingerprint` is that of the model whose hidden states the vectors are; `factory` is faiss's own index string;
-    `files` are those that every index has and, where its tokens can be decoded, the tokenizer.
     Raises ManifestError on a field out of its range.
+
+    Attributes:
+        kind: "datastore", whose vectors are a model's hidden states, or "vectors" of any origin.
+        factory: faiss's own index string.
+        version: differs where anything in any shard differs; the same in all shards.
+        model, fingerprint: the model whose hidden states a datastore holds; else empty.
+        encoder: an embed:<encoder> that makes vectors for it from text; empty for none.
+        tokens_per_payload: of a datastore; else 0.
+        by: how vectors were spread over shards: "rows", or "list" where each holds whole lists of one inverted file.
+        files: those that every index of the kind has, and others as KINDS allows.
     """
 
     name: str
+    kind: Literal["datastore", "vectors"]
     dimension: int
     ntotal: int
-    metric: Literal["l2", "ip"]
+    total: int
+    metric: Literal["l2", "ip", "cosine"]
     factory: str
     faiss_version: str
+    version: str
     model: str
     fingerprint: str
+    encoder: str
     tokens_per_payload: int
+    shard: int
+    shards: int
+    by: Literal["rows", "list"]
     sources: tuple[str, ...]
     files: dict[str, FileRecord]
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        for field in ("name", "factory", "faiss_version", "model", "fingerprint"):
+        for field in ("name", "kind", "factory", "faiss_version", "version", "model", "fingerprint", "encoder"):
             _want(isinstance(getattr(self, field), str), f"{field} is not a string")
-        for field in ("dimension", "ntotal", "tokens_per_payload"):
-            _want(type(getattr(self, field)) is int and getattr(self, field) > 0, f"{field} is not a positive integer")
+        _want(self.kind in KINDS, f"kind is not {' or '.join(KINDS)}")
+        least = {"dimension": 1, "total": 1, "shards": 1, "shard": 0}
+        least["ntotal"] = 0 if self.shards != 1 else 1
+        least["tokens_per_payload"] = 1 if self.kind == "datastore" else 0
+        for field, bound in least.items():
+            sign = "positive" if bound else "non-negative"
+            _want(
+                type(getattr(self, field)) is int and getattr(self, field) >= bound, f"{field} is not a {sign} integer"
+            )
+        _want(self.shard < self.shards, "shard is not below shards")
+        _want(self.ntotal <= self.total, "ntotal is above total")
+        _want(self.by in LAYOUTS, "by is neither 'rows' nor 'list'")
         _want(valid_name(self.name), "name is not 1 to 64 letters, digits, '.', '_' or '-'")
-        _want(self.metric in ("l2", "ip"), "metric is neither 'l2' nor 'ip'")
+        _want(self.metric in METRICS, "metric is none of 'l2', 'ip', 'cosine'")
         _want(all(isinstance(source, str) for source in self.sources), "sources are not strings")
+        always, perhaps = KINDS[self.kind]
         _want(
-            self.files.keys() - {TOKENIZER} == set(FILES),
-            f"files are not exactly {', '.join(FILES)}, with or without {TOKENIZER}",
+            self.files.keys() - perhaps == set(always),
+            f"files are not exactly {', '.join(always)}, with or without {', '.join(sorted(perhaps))}",
         )
+        _want(self.shards == 1 or IDS in self.files, f"{IDS} is in every shard")
+        _want((OWNERS in self.files) == (self.by == "list"), f"{OWNERS} is where vectors were spread by list")
         for name, record in self.files.items():
             _want(type(record.bytes) is int and record.bytes >= 0, f"the size of {name} is not a count of bytes")
             _want(
@@ -101,10 +136,15 @@ def record_file(path: Path) -> FileRecord:
         return FileRecord(file.tell(), digest)
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> Path:
-    """Writes `manifest.json` into `directory` and returns its path. Not atomic: the caller renames the directory."""
+def write_manifest(directory: Path, manifest: Manifest, *, sealed: bool = False) -> Path:
+    """Writes `manifest.json` into `directory` and returns its path. Not atomic: the caller renames the directory.
+
+    Of a sealed one every bit is checked when it is read; others may be edited by hand.
+    """
     path = directory / MANIFEST
     path.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    if sealed:
+        (directory / SEAL).write_text(record_file(path).sha256, encoding="ascii")
     return path
 
 
@@ -146,6 +186,7 @@ def load_manifest(directory: Path) -> Manifest:
         raise ManifestError(f"{path}: cannot be read ({fault.strerror}); mend its permissions or {_AGAIN}") from fault
     if len(raw) > _MAX_BYTES:
         raise ManifestError(f"{path}: over {_MAX_BYTES} bytes, so it is no manifest; {_AGAIN}")
+    _check_seal(directory, raw)
     try:
         found = json.loads(raw)
     except (ValueError, RecursionError):
@@ -159,6 +200,18 @@ def load_manifest(directory: Path) -> Manifest:
         return _manifest(found)
     except ManifestError as fault:
         raise ManifestError(f"{path}: {fault}; {_AGAIN}") from None
+
+
+def _check_seal(directory: Path, raw: bytes) -> None:
+    path = directory / SEAL
+    try:
+        sealed = path.read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as fault:
+        raise ManifestError(f"{path}: cannot be read ({fault.strerror}); mend its permissions or {_AGAIN}") from fault
+    if sealed != hashlib.sha256(raw).hexdigest().encode():
+        raise ManifestError(f"{path}: is not the sha256 of {MANIFEST}, so one of both was damaged; {_AGAIN}")
 
 
 def _manifest(found: dict[str, Any]) -> Manifest:

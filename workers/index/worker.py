@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ...schema.errors import Refused
+from ...schema.message import Beat
 from ..base import Answer, Request, Worker
-from .answer import answer
+from ..batching import Batcher
+from .answer import Asked, answers
+from .directory import shard_name
+from .live import LiveIndex
+from .live_answer import OPEN, changed, close_source, is_change, open_source, other_path
 from .manifest import valid_name
-from .store import OpenIndex, open_index
+from .query import Source
+from .recall import Recall
+from .store import OpenIndex
+from .text import TextIndex
+from .text_answer import answer_text
+from .text_files import is_text
+
+_SHARD = re.compile(r"(\d{1,4})/(\d{1,4})")
 
 
 class Index(Worker):
@@ -18,35 +35,156 @@ class Index(Worker):
     Args:
         index: the directory that `ralmq index build` wrote.
         name: the service is search:<name>; by default the name in the manifest.
-        threads: what one search may use.
+        shard: of an index in shards, which one is served: 1/4 is the second of four, search:<name>/1.
+        threads: of one call of faiss.
+        live: take changes to an index that was built, too; one that was made by `ralmq index create` always does.
+        batch: searches that are answered in one call at most.
+        wait_ms: how long a search waits for others to come along; whatever comes during a call waits for it anyway.
+        mmap: map the vectors into memory instead of reading them, for an index that is larger than it.
+        nprobe: lists that a search looks into where its request names no number (0: 8).
+        ef: the same for the candidates of a graph (0: 64).
+        recall: share of the queries that are repeated exactly, for the gauge `recall`.
+        recall_goal: choose nprobe or ef so that the recall is at least so much, for requests that name none (0: no).
 
     Raises:
-        Refused: a name or a number of threads that cannot be. `start` raises ManifestError, which is one too.
+        Refused: an option that cannot be. `start` raises ManifestError, which is one too.
     """
 
     idempotent = True
-    capacity = 4  # searches that run at a time, each in a thread of its own
 
-    def __init__(self, *, index: Path, name: str = "", threads: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        index: Path,
+        name: str = "",
+        shard: str = "",
+        threads: int = 1,
+        live: bool = False,
+        batch: int = 256,
+        wait_ms: float = 0.0,
+        mmap: bool = False,
+        nprobe: int = 0,
+        ef: int = 0,
+        recall: float = 0.01,
+        recall_goal: float = 0.0,
+    ) -> None:
         if name and not valid_name(name):
             raise Refused(f"-o name={name}: a name is 1 to 64 letters, digits, '.', '_' or '-'")
-        if threads < 1:
-            raise Refused(f"-o threads={threads}: give at least 1")
+        for option, number, least in (
+            ("threads", threads, 1),
+            ("batch", batch, 1),
+            ("nprobe", nprobe, 0),
+            ("ef", ef, 0),
+        ):
+            if number < least:
+                raise Refused(f"-o {option}={number}: give at least {least}")
+        if not 0 <= wait_ms <= 1000:
+            raise Refused(f"-o wait_ms={wait_ms:g}: give 0 to 1000 milliseconds")
+        for option, share in (("recall", recall), ("recall_goal", recall_goal)):
+            if not 0 <= share <= 1:
+                raise Refused(f"-o {option}={share:g}: give 0 to 1")
         self._path = index.expanduser()
-        self._name = name
-        self._threads = threads
-        self._index: OpenIndex | None = None
+        self._name, self._place = name, _place(shard)
+        self._threads, self._mmap, self._live = threads, mmap, live
+        self._efforts = nprobe or None, ef or None
+        self._share, self._goal = recall, recall_goal
+        self._batcher = Batcher(_Together(self, batch, wait_ms / 1000))
+        self.capacity = 2 * batch  # the next one fills while one is answered
+        self._held: tuple[Source, Recall] | None = None  # one assignment puts another version in place
+        self._swapping = asyncio.Lock()
+        self._text: TextIndex | None = None
+        self._services: tuple[str, ...] = ()
+        self._calls = ThreadPoolExecutor(1, "search")
+        self._counts = {"searches": 0, "calls": 0}
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        return self._services
 
     async def start(self) -> None:
         """Reads the index; only then is its service announced. Raises ManifestError."""
-        self._index = await asyncio.to_thread(open_index, self._path, self._threads)
-        self.service = f"search:{self._name or self._index.manifest.name}"
+        path = self._shard_of(self._path)
+        if is_text(path):
+            self._text = await asyncio.to_thread(TextIndex, path)
+            self._services = (f"search:{self._name or self._text.manifest.name}",)
+            return
+        opened = await self._opened(path, self._live)
+        info = opened.view().info()
+        self._place = (info["shard"], info["shards"])
+        service = f"search:{self._name or info['name']}"
+        self._services = (service,) if info["shards"] == 1 else (service, f"{service}/{info['shard']}")
+        self._hold(opened)
+
+    def _shard_of(self, path: Path) -> Path:
+        own = None if self._place is None else path / shard_name(self._place[0])
+        return own if own is not None and own.is_dir() else path
+
+    async def _opened(self, path: Path, live: bool) -> OpenIndex | LiveIndex:
+        opened = await asyncio.to_thread(open_source, path, live=live, mmap=self._mmap, threads=self._threads)
+        info, effort = opened.view().info(), self._efforts[0]
+        fault = ""
+        if self._place not in (None, (info["shard"], info["shards"])):
+            fault = f"{path}: holds shard {info['shard']} of {info['shards']}; mend -o shard"
+        elif effort is not None and 0 < info["nlist"] < effort:
+            fault = f"-o nprobe={effort}: the index has {info['nlist']} lists"
+        if fault:
+            close_source(opened)
+            raise Refused(fault)
+        return opened
+
+    def _hold(self, opened: OpenIndex | LiveIndex) -> None:
+        info = opened.view().info()
+        graph = info["factory"].startswith("HNSW")
+        effort = self._efforts[1] if graph else self._efforts[0] if info["factory"].startswith("IVF") else None
+        recall = Recall(self._share, self._goal, effort, info["nlist"], graph)
+        recall.start()
+        self._held = opened, recall
+
+    async def _change(self, request: Request) -> Answer:
+        """See `changed`; {"open": directory} puts another version in place, after the search that is under way."""
+        assert self._held is not None
+        if OPEN not in request.body:
+            return await changed(self._held[0], request, whole=request.service == self._services[0])
+        path = other_path(request.body)
+        async with self._swapping:
+            opened = await self._opened(self._shard_of(path), False)
+            index, recall = self._held
+            self._hold(opened)
+
+            def close() -> None:
+                recall.stop()
+                close_source(index)
+
+            await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._calls, close))
+        return {"version": opened.view().info()["version"]}
+
+    async def stop(self) -> None:
+        await self._batcher.close()
+        self._calls.shutdown(wait=False, cancel_futures=True)
+        if self._held is not None:
+            await asyncio.to_thread(self._held[1].stop)
+            await asyncio.to_thread(close_source, self._held[0])
+        if self._text is not None:
+            self._text.close()
+
+    def beat(self, beat: Beat) -> Beat:
+        """With the gauges: searches, calls of faiss that answered them, and what Recall measures."""
+        return replace(beat, gauges=self._counts | ({} if self._held is None else self._held[1].gauges))
 
     async def handle(self, request: Request) -> Answer:
-        """See `answer`. The search runs beside the loop, so that beats and other requests go on."""
-        assert self._index is not None
-        arrays = [tensor.numpy() for tensor in request.tensors]
-        search = asyncio.ensure_future(asyncio.to_thread(answer, self._index, request.body, arrays))
+        """See `answers`; answered together with others that came. For changes see `changed`."""
+        if self._text is None and is_change(request.body):
+            return await self._change(request)
+        return await self._batcher.submit(request)
+
+    async def handle_batch(self, requests: list[Request]) -> list[Answer]:
+        """The search runs beside the loop, so that beats and other requests go on."""
+        asked = [
+            Asked(request.body, [tensor.numpy() for tensor in request.tensors], request.service == self._services[0])
+            for request in requests
+        ]
+        loop = asyncio.get_running_loop()
+        search = loop.run_in_executor(self._calls, self._answers, asked)
         try:
             return await asyncio.shield(search)
         except asyncio.CancelledError:
@@ -54,3 +192,41 @@ class Index(Worker):
             if not search.cancelled():
                 search.exception()  # seen, so that asyncio does not report it
             raise
+
+    def _answers(self, asked: Sequence[Asked]) -> list[Any]:
+        self._counts["searches"] += len(asked)
+        if self._text is not None:
+            return [_tried(self._text, request) for request in asked]
+        assert self._held is not None
+        source, recall = self._held
+        index = source.view()
+
+        def seen(params: Any, queries: Any, found: Any) -> None:
+            self._counts["calls"] += 1
+            recall.offer(index, params, queries, found)
+
+        return list(answers(index, asked, threads=self._threads, effort=recall.effort, seen=seen))
+
+
+def _tried(index: TextIndex, asked: Asked) -> Any:
+    try:
+        return answer_text(index, asked.body, asked.arrays)
+    except Exception as error:  # fails alone
+        return error
+
+
+class _Together(Worker):
+    """Hands batches to an Index, whose `handle` stays the way in for a single request."""
+
+    def __init__(self, index: Index, max_batch: int, max_wait: float) -> None:
+        self.max_batch, self.max_wait = max_batch, max_wait
+        self.handle_batch = index.handle_batch  # type: ignore[method-assign]
+
+
+def _place(shard: str) -> tuple[int, int] | None:
+    if not shard:
+        return None
+    match = _SHARD.fullmatch(shard)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise Refused(f"-o shard={shard}: give the shard and how many there are, as 1/4 for the second of four")
+    return int(match[1]), int(match[2])

@@ -1,23 +1,29 @@
-"""Vectors and their token stream into an index directory: chooses, trains, fills the faiss index. Knows no service."""
+"""Vectors and what belongs to them into an index directory, or one for each shard. Knows no service, no search."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from .directory import OutputError, replacing
+from .directory import OutputError, replacing, shard_name
+from .factory import Filled, Layout, Rows, default_factory, filled
+from .fields import write_fields
 from .manifest import (
     DOCUMENTS,
     ENTRIES,
+    FIELDS,
     FILES,
+    IDS,
     MANIFEST,
+    OWNERS,
     PAYLOADS,
     TOKENIZER,
     TOKENS,
@@ -29,21 +35,44 @@ from .manifest import (
     write_manifest,
 )
 from .progress import Progress, silent
+from .query import Metric
 from .stream import PAYLOAD, TokenStream
 
-OWN_FILES = (*FILES, TOKENIZER, MANIFEST)
-METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
-FLAT_BELOW = 20_000
-_TRAINED_PER_LIST = 39  # the fewest points a centroid that faiss trains without a warning
-_ROWS_AT_ONCE = 65_536
+OWN_FILES = (*FILES, TOKENIZER, IDS, OWNERS, FIELDS, MANIFEST)
+MAX_SHARDS = 1024
 
 
-def default_factory(ntotal: int) -> str:
-    """faiss's string for `ntotal` vectors: exact below 20,000, else an inverted file of about sqrt(n) lists.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """How an index is built from its vectors.
 
-    Four times as many lists took eight times as long to train and fill at 250,000, and predicted no better.
+    Attributes:
+        factory: faiss's string; None chooses by the number of vectors.
+        shards: above 1, `out` holds a directory for each: shard-0, shard-1 ...
+        by: rows i, i + shards, ... in shard i; or "list", whole lists of one inverted file.
+        seed: fixes the training sample.
     """
-    return "Flat" if ntotal < FLAT_BELOW else f"IVF{round(math.sqrt(ntotal))},Flat"
+
+    metric: Metric = "l2"
+    factory: str | None = None
+    shards: int = 1
+    by: Layout = "rows"
+    threads: int = 1
+    seed: int = 0
+    progress: Progress = silent
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    """What the manifests of all shards say alike."""
+
+    name: str
+    kind: Literal["datastore", "vectors"]
+    model: str = ""
+    fingerprint: str = ""
+    encoder: str = ""
+    tokens_per_payload: int = 0
+    sources: tuple[str, ...] = ()
 
 
 def write_index(
@@ -57,53 +86,129 @@ def write_index(
     fingerprint: str,
     tokenizer: str | None = None,
     sources: Sequence[str] = (),
-    metric: Literal["l2", "ip"] = "l2",
-    factory: str | None = None,
-    threads: int = 1,
-    seed: int = 0,
-    progress: Progress = silent,
+    **how: Any,
 ) -> Manifest:
-    """Writes the index of `vectors` [n, d] to `out`, atomically, and returns its manifest.
+    """Writes the datastore of `vectors` [n, d] to `out`, atomically, and returns the manifest of its first shard.
 
     Entry i has the key vectors[i] and the value that follows offset entries[i] of `stream`; its payload is the 8 tokens
     from there. `tokenizer`, the JSON of the model's own, lets the index give its passages as text; without one it gives
-    token ids alone. `factory` None chooses by n. `seed` fixes the training sample. Raises OutputError for an `out`, a
-    name, an array or a factory string that cannot be; OSError.
+    token ids alone. `how`: the fields of Build. Raises OutputError for an `out`, a name, an array or a factory string
+    that cannot be; OSError.
     """
     check_name(name)
-    _check_arrays(vectors, entries, stream)
-    string = factory or default_factory(len(vectors))
-    with replacing(out, OWN_FILES) as directory:
-        index = _filled(vectors, string, metric, threads, seed, progress)
-        faiss.write_index(index, str(directory / VECTORS))
-        _save(directory / PAYLOADS, stream.following(entries))
-        _save(directory / ENTRIES, entries)
+    _check_vectors(vectors)
+    _check_entries(vectors, entries, stream)
+
+    def content(directory: Path, rows: Rows) -> None:
+        _save(directory / PAYLOADS, stream.following(entries[rows]))
+        _save(directory / ENTRIES, entries[rows])
         _save(directory / TOKENS, stream.tokens)
         documents = {"names": list(stream.names), "starts": stream.starts.tolist()}
         (directory / DOCUMENTS).write_text(json.dumps(documents), encoding="utf-8")
         if tokenizer is not None:
             (directory / TOKENIZER).write_text(tokenizer, encoding="utf-8")
-        manifest = Manifest(
-            name=name,
-            dimension=vectors.shape[1],
-            ntotal=len(vectors),
-            metric=metric,
-            factory=string,
-            faiss_version=faiss.__version__,
-            model=model,
-            fingerprint=fingerprint,
-            tokens_per_payload=PAYLOAD,
-            sources=tuple(sources),
-            files=_records(directory),
-        )
-        write_manifest(directory, manifest)
-    return manifest
+
+    about = _About(name, "datastore", model, fingerprint, "", PAYLOAD, tuple(sources))
+    return _write(out, vectors, about, content, Build(**how))
+
+
+def write_vectors(
+    out: Path,
+    *,
+    name: str,
+    vectors: NDArray[np.float32],
+    fields: Sequence[str] | None = None,
+    encoder: str = "",
+    sources: Sequence[str] = (),
+    **how: Any,
+) -> Manifest:
+    """Writes an index of plain vectors [n, d] to `out`, atomically; entry i is row i.
+
+    `fields`: the JSON of each entry's payload fields (see dump_fields). `encoder`: the service embed:<encoder> that
+    makes vectors for it from text. `how`: the fields of Build. Returns and raises as write_index does.
+    """
+    check_name(name)
+    if encoder and not valid_name(encoder):
+        raise OutputError(f"{encoder!r}: an encoder's name is 1 to 64 letters, digits, '.', '_' or '-'")
+    _check_vectors(vectors)
+    if fields is not None and len(fields) != len(vectors):
+        raise OutputError(f"{len(fields)} lines of fields for {len(vectors)} vectors; give one for each")
+
+    def content(directory: Path, rows: Rows) -> None:
+        if fields is not None:
+            write_fields(directory / FIELDS, rows.tolist(), (fields[row] for row in rows.tolist()))
+
+    about = _About(name, "vectors", encoder=encoder, sources=tuple(sources))
+    return _write(out, vectors, about, content, Build(**how))
 
 
 def check_name(name: str) -> None:
     """Raises OutputError for a name that no index can have."""
     if not valid_name(name):
         raise OutputError(f"{name!r}: an index name is 1 to 64 letters, digits, '.', '_' or '-'; choose another")
+
+
+def _write(
+    out: Path, vectors: NDArray[np.float32], about: _About, content: Callable[[Path, Rows], None], how: Build
+) -> Manifest:
+    string = how.factory or default_factory(len(vectors))
+    if not 1 <= how.shards <= min(MAX_SHARDS, len(vectors)):
+        raise OutputError(f"{how.shards} shards for {len(vectors)} vectors; give 1 to {min(MAX_SHARDS, len(vectors))}")
+    if how.by == "list" and how.shards == 1:
+        how = replace(how, by="rows")
+    with replacing(out, OWN_FILES) as directory:
+        made = filled(
+            vectors,
+            string,
+            how.metric,
+            shards=how.shards,
+            by=how.by,
+            threads=how.threads,
+            seed=how.seed,
+            progress=how.progress,
+        )
+        places = [directory] if how.shards == 1 else [directory / shard_name(shard) for shard in range(how.shards)]
+        for place, (index, rows) in zip(places, made.shards, strict=True):
+            place.mkdir(exist_ok=True)
+            faiss.write_index(index, str(place / VECTORS))
+            content(place, rows)
+            if how.shards > 1:
+                _save(place / IDS, rows)
+            if made.owners is not None:
+                _save(place / OWNERS, made.owners)
+        manifests = _manifests(places, vectors, made, about, string, how)
+        for place, manifest in zip(places, manifests, strict=True):
+            write_manifest(place, manifest)
+    return manifests[0]
+
+
+def _manifests(
+    places: Sequence[Path], vectors: NDArray[np.float32], made: Filled, about: _About, string: str, how: Build
+) -> list[Manifest]:
+    records = [_records(place) for place in places]
+    seen = [
+        [string, how.metric, how.by],
+        asdict(about),
+        [[record.sha256 for record in each.values()] for each in records],
+    ]
+    version = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+    return [
+        Manifest(
+            **asdict(about) | {"sources": about.sources},
+            dimension=vectors.shape[1],
+            ntotal=len(rows),
+            total=len(vectors),
+            metric=how.metric,
+            factory=string,
+            faiss_version=faiss.__version__,
+            version=version,
+            shard=shard,
+            shards=how.shards,
+            by=how.by,
+            files=records[shard],
+        )
+        for shard, (_, rows) in enumerate(made.shards)
+    ]
 
 
 def _records(directory: Path) -> dict[str, FileRecord]:
@@ -114,42 +219,15 @@ def _save(path: Path, array: NDArray[np.int32] | NDArray[np.int64]) -> None:
     np.save(path, array, allow_pickle=False)
 
 
-def _check_arrays(vectors: NDArray[np.float32], entries: NDArray[np.int64], stream: TokenStream) -> None:
+def _check_vectors(vectors: NDArray[np.float32]) -> None:
     if vectors.ndim != 2 or vectors.dtype != np.float32 or 0 in vectors.shape:
         raise OutputError(
             f"vectors are {vectors.dtype} {list(vectors.shape)}; give float32 [n, d] with n and d above 0"
         )
+
+
+def _check_entries(vectors: NDArray[np.float32], entries: NDArray[np.int64], stream: TokenStream) -> None:
     if entries.dtype != np.int64 or entries.shape != (len(vectors),):
         raise OutputError(f"entries are {entries.dtype} {list(entries.shape)}; give int64, one for each vector")
     if entries.min() < 0 or entries.max() >= len(stream.tokens):
         raise OutputError(f"entries leave the stream of {len(stream.tokens)} tokens; give offsets inside it")
-
-
-def _filled(
-    vectors: NDArray[np.float32], string: str, metric: str, threads: int, seed: int, progress: Progress
-) -> faiss.Index:
-    """The trained index with all vectors. OpenMP's thread count belongs to the calling thread, so it is set here."""
-    faiss.omp_set_num_threads(threads)
-    total = len(vectors)
-    try:
-        index = faiss.index_factory(vectors.shape[1], string, METRICS[metric])
-    except RuntimeError:
-        raise OutputError(f"{string!r}: faiss knows no such index; give 'Flat' or 'IVF<lists>,Flat'") from None
-    if isinstance(index, faiss.IndexIVF):
-        if index.nlist > total:
-            raise OutputError(f"{string!r}: {index.nlist} lists for {total} vectors; give at most {total}")
-        index.cp.seed = seed
-        rows = min(total, _TRAINED_PER_LIST * index.nlist)
-        sample = np.random.default_rng(seed).choice(total, rows, replace=False)
-        progress("train", 0, 1)
-        index.train(np.ascontiguousarray(vectors[np.sort(sample)]))
-        progress("train", 1, 1)
-    elif not isinstance(index, faiss.IndexFlat):
-        raise OutputError(f"{string!r}: no such index is served; give 'Flat' or 'IVF<lists>,Flat'")
-    for start in range(0, total, _ROWS_AT_ONCE):
-        rows_here = np.ascontiguousarray(vectors[start : start + _ROWS_AT_ONCE])
-        if not np.isfinite(rows_here).all():
-            raise OutputError(f"vectors {start} to {start + len(rows_here)} hold NaN or infinity; mend what made them")
-        index.add(rows_here)
-        progress("fill", start + len(rows_here), total)
-    return index

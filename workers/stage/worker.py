@@ -25,7 +25,7 @@ from .batch import Batch, Key, Sequence
 from .clock import Stopwatch
 from .last import Outcome
 from .leader import CHUNK, Leader
-from .neighbours import Query, neighbours_of
+from .neighbours import Asked
 from .prompts import Indexes, own_tokens, prompt_of
 from .runner import Runner
 from .weights import Loaded, load, place_of
@@ -136,7 +136,7 @@ class Stage(Worker):
             params["limit"] = min(task.max_tokens, self._loaded.context - len(ids))
             need = len(ids) + params["limit"] - 1
         if task.retrieve is not None:
-            params["metric"] = await self._indexes.check(self.host.client, task.retrieve.index, request)
+            params["metric"] = await self._indexes.check(self.host.client, task.retrieve, request)
         if leader is None or leader is not self._leader:  # also while an index was asked
             raise WorkerLost(f"the pipeline of {self._place.name} is over: ask again")
         ended: asyncio.Future[None] = self._loop.create_future()
@@ -287,10 +287,10 @@ class Stage(Worker):
 
     def _returned(self, number: int, returns: tuple[Return, ...]) -> None:
         if self._leader is not None:
-            self._leader.returned(number, returns)
+            self._leader.returned(number, returns, self._loop.time())
             self._drive()
 
-    async def _found(self, query: Query) -> Reply:
+    async def _found(self, query: Asked) -> Reply:
         """The index's answer. It was there when the sequences began: where it is lost, its return is waited for.
 
         Raises:
@@ -299,10 +299,10 @@ class Stage(Worker):
         losses = 0
         while True:
             try:
-                return await self.host.client.request(
-                    f"search:{query.index}",
+                return await self.host.client.search_reply(
+                    query.index,
                     query.body,
-                    tensors=[query.vectors],
+                    query.tensors,
                     deadline=query.seconds(),
                     wait_service=query.seconds(),
                     retries=3,
@@ -314,13 +314,13 @@ class Stage(Worker):
                     raise
                 log.warning("search:%s lost its server: it is asked again", query.index)
 
-    async def _search(self, query: Query) -> None:
+    async def _search(self, query: Asked) -> None:
         """Asks an index for parked rows; the answer re-enters by the compute thread's queue."""
         last = self._runner.last
         assert last is not None
         try:
             reply = await self._found(query)
-            work = partial(last.answered, query, neighbours_of(query, reply.body, reply.tensors))
+            work = partial(last.answered, query, query.answers(reply.body, reply.tensors))
         except RalmqError as error:
             work = partial(last.fail, query.keys, error)
         except Exception as error:  # an answer that nobody foresaw: its rows must not wait for their deadline

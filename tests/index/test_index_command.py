@@ -1,0 +1,56 @@
+"""`ralmq index build` of vectors and of words, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ralmq
+from ralmq.workers.index.answer import answer
+from ralmq.workers.index.store import open_index
+from ralmq.workers.index.text_files import is_text
+
+VECTORS = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    np.save(tmp_path / "v.npy", VECTORS)
+    (tmp_path / "f.jsonl").write_text("".join(json.dumps({"row": row}) + "\n" for row in range(300)))
+    (tmp_path / "a.txt").write_text("one two three")
+    return tmp_path
+
+
+def test_vectors_in_shards(home: Path) -> None:
+    options = ("--factory", "IVF8,Flat", "--metric", "cosine", "--fields", "f.jsonl", "--encoder", "e")
+    done = ralmq("index", "build", "v", "v.npy", "--out", "out", "--shards", "2", "--by", "list", *options, home=home)
+    assert done.returncode == 0, done.stderr
+    assert "300 entries of 8 dimensions (IVF8,Flat)" in done.stdout and "-o shard=i/2" in done.stdout
+    parts = [open_index(home / "out" / f"shard-{shard}") for shard in range(2)]
+    info = parts[1].info()
+    assert (info["metric"], info["encoder"], info["shard"], info["by"]) == ("cosine", "e", 1, "list")
+    found = [answer(part, {"k": 1, "payloads": True}, [2 * VECTORS[5:6]]) for part in parts]
+    assert {"row": 5} in [body["payloads"][0][0] for body, _ in found]
+
+
+def test_words(home: Path) -> None:
+    done = ralmq("index", "build", "t", "a.txt", "--text", "--out", "out", home=home)
+    assert done.returncode == 0 and "1 passages" in done.stdout and is_text(home / "out")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("a.txt",), "texts with --model, texts with --text, or one .npy file"),
+        (("v.npy", "a.txt"), "or one .npy file"),
+        (("v.npy", "--text"), "or one .npy file"),
+        (("a.txt", "--text", "--fields", "f.jsonl"), "belong to a .npy file"),
+        (("v.npy", "--factory", "IVF8,PQ3"), "8 dimensions are no multiple of 3"),
+        (("v.npy", "--fields", "a.txt"), "a.txt:1: is no JSON"),
+        (("none.npy",), "none.npy: is no .npy file"),
+    ],
+)
+def test_what_cannot_be_built(home: Path, given: tuple[str, ...], said: str) -> None:
+    done = ralmq("index", "build", "v", *given, "--out", "out", home=home)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert not (home / "out").exists()

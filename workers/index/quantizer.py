@@ -1,0 +1,52 @@
+"""The coarse quantizer of an inverted file: which lists a query looks into. Knows faiss; an asker may hold one, too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT, "cosine": faiss.METRIC_INNER_PRODUCT}
+
+
+class Quantizer:
+    """Centroids float32 [nlist, d], as the service gives them.
+
+    Its lists and distances are the index's own bit for bit, whatever the number of queries of a call (below faiss's
+    BLAS threshold of 128,000): searched with them an index answers as it does when it assigns lists itself.
+    """
+
+    def __init__(self, centroids: NDArray[np.float32], metric: str) -> None:
+        self.metric = metric
+        self._index = faiss.IndexFlat(centroids.shape[1], METRICS[metric])
+        self._index.add(np.ascontiguousarray(centroids, np.float32))
+
+    def assign(self, queries: NDArray[np.float32], nprobe: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The nearest lists int64 [m, nprobe] of queries [m, d], and their coarse distances float32 [m, nprobe]."""
+        return assigned(self._index, normalised(queries) if self.metric == "cosine" else queries, nprobe)
+
+    def distances(self, queries: NDArray[np.float32], lists: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The coarse distances of lists [m, nprobe] that somebody else chose: as `assign` gives them for its own."""
+        asked = np.ascontiguousarray(normalised(queries) if self.metric == "cosine" else queries)
+        chosen, found = np.ascontiguousarray(lists), np.empty(lists.shape, np.float32)
+        index: Any = self._index  # faiss's own annotations lack this method
+        pointers = [faiss.swig_ptr(array) for array in (asked, found, chosen)]
+        index.compute_distance_subset(len(asked), pointers[0], lists.shape[1], *pointers[1:])
+        return found
+
+
+def assigned(
+    quantizer: faiss.Index, queries: NDArray[np.float32], nprobe: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """What `Quantizer.assign` gives, from a faiss index of centroids and queries as they are compared."""
+    coarse, lists = quantizer.search(np.ascontiguousarray(queries), nprobe)
+    return lists, coarse
+
+
+def normalised(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A copy of [n, d] with rows of length 1; zero rows stay zero."""
+    copy = np.array(vectors, np.float32, order="C")
+    faiss.normalize_L2(copy)
+    return copy
