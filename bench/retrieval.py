@@ -22,8 +22,10 @@ from ..cluster.local import local_cluster
 from ..workers.datastore.score import describe
 from ..workers.index.stream import TokenStream
 from ..workers.index.writer import write_index
+from . import search
 from .command import run
 from .pipeline import generated
+from .search import Searches
 
 ENTRIES = 50_000
 SEQUENCES = 4
@@ -65,8 +67,8 @@ async def build(client: Client, model: str, path: Path) -> None:
     )
 
 
-async def bench(model: str = "demo", *, quick: bool = False) -> list[Row]:
-    """Measures; about half a minute.
+async def bench(model: str = "demo", *, quick: bool = False) -> list[Row | Searches]:
+    """Measures; some minutes, quick half a minute.
 
     Raises:
         RalmqError: the cluster did not come up, or a generation failed.
@@ -85,23 +87,34 @@ async def bench(model: str = "demo", *, quick: bool = False) -> list[Row]:
         for _ in range(rounds):
             for name, options in CASES:
                 rates[name].append(await generated(client, model, SEQUENCES, tokens, **options))
+    with tempfile.TemporaryDirectory(prefix="ralmq-bench-") as folder:
+        searches = await search.bench(Path(folder), quick=quick)
     plain = rates[CASES[0][0]]
-    return [
+    generations = [
         Row(name, statistics.median(taken), statistics.median([a / b for a, b in zip(taken, plain, strict=True)]))
         for name, taken in rates.items()
     ]
+    return [*generations, *searches]
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
-    """Prints the table."""
+def show(rows: Sequence[Row | Searches], console: Console) -> None:
+    """Prints the tables."""
     title = f"generation with kNN retrieval: 2 stages, {SEQUENCES} sequences, {ENTRIES:,} entries, k = 8"
     table = Table(title=title, title_justify="left")
     table.add_column("retrieval")
     for heading in ("tokens/s", "of none's"):
         table.add_column(heading, justify="right")
+    searches = Table(title="searches of one vector, 256 at a time, nprobe 8, 1 thread", title_justify="left")
+    searches.add_column("searches")
+    for heading in ("a second", "of faiss's"):
+        searches.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(row.retrieval, f"{row.tokens_per_s:,.0f}", f"{row.ratio:.2f}")
+        if isinstance(row, Row):
+            table.add_row(row.retrieval, f"{row.tokens_per_s:,.0f}", f"{row.ratio:.2f}")
+        else:
+            searches.add_row(row.searches, f"{row.per_s:,.0f}", f"{row.ratio:.2f}")
     console.print(table)
+    console.print(searches)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

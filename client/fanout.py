@@ -118,7 +118,8 @@ class Fanout:
             return Reply({**reply.body, "shards": [1, 1]}, reply.tensors)
         if layout.info.get("version"):
             body = {**body, "version": layout.info["version"]}
-        if layout.owners is not None and not body.get("exact"):
+        widened = "filter" in body and "nprobe" not in body  # shards look into more lists than `assign` names
+        if layout.owners is not None and not body.get("exact") and not widened:
             if not body.get("lists"):
                 probed = {"assign": True, **({"nprobe": body["nprobe"]} if "nprobe" in body else {})}
                 assigned = await self._any(index, probed, tensors, end, partial)

@@ -127,6 +127,13 @@ def test_shards_by_list_are_asked_for_the_lists_they_own_alone(nprobe: int) -> N
     assert sum(bool(body.get("assign")) for _, body, _ in made.asked) == 1
 
 
+def test_a_filter_widens_the_search_of_every_shard() -> None:
+    made = Shards(3, by="list")
+    search(made, {"k": 5, "filter": {"a": 1}}, [queries()])
+    assert not any("assign" in body for _, body, _ in made.asked)
+    assert sorted(service for service, _, _ in made.asked if "/" in service) == [f"search:docs/{n}" for n in range(3)]
+
+
 def test_a_shard_that_owns_no_probed_list_is_not_asked() -> None:
     made = Shards(3, by="list")
     one = queries(1)

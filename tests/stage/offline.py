@@ -15,7 +15,7 @@ class Offline:
     def __init__(self, path: Path, vocab: int, temperature: float) -> None:
         opened = open_index(path)
         count = opened.manifest.ntotal
-        index: Any = opened._index
+        index: Any = opened.segment.index
         self.keys = index.reconstruct_n(0, count).astype(np.float64)
         self._following = opened.following(np.arange(count))
         self._vocab, self._temperature = vocab, temperature

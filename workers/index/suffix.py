@@ -38,7 +38,7 @@ class Suffixes:
         self._left = np.minimum(left, 255).astype(np.uint8)  # tokens from there to the document's end
         self._places = _sorted(stream.tokens, self._left)
         # The numbers of a memoryview come several times faster than an array's.
-        self._read = memoryview(self._tokens), memoryview(self._left), memoryview(self._places)
+        self._read = self._tokens.data, self._left.data, self._places.data
         self._frequent = lru_cache(256)(self._count)
 
     def unigrams(self) -> Counts:
@@ -125,7 +125,7 @@ class NgramTable:
             raise BadQuery(f"ngram is {order!r}; send a whole number from 1 to {ORDER}")
         if type(ahead) is not int or not 0 <= ahead <= AHEAD:
             raise BadQuery(f"ahead is {ahead!r}; send a whole number from 0 to {AHEAD}")
-        contexts = arrays[0] if len(arrays) == 1 else np.empty(0)
+        contexts: NDArray[Any] = arrays[0] if len(arrays) == 1 else np.empty(0)
         if contexts.dtype != np.int32 or contexts.ndim != 2 or contexts.shape[1] != order - 1:
             raise BadQuery(f"send one array, the contexts int32 [rows, {order - 1}]")
         if len(contexts) > MAX_CONTEXTS:
@@ -133,7 +133,8 @@ class NgramTable:
         suffixes = self.suffixes
         none = np.empty(0, np.int32)
         found: list[Counts] = []
-        for row in contexts.tolist():
+        rows: list[list[int]] = contexts.tolist()
+        for row in rows:
             for size in range(order - 1, 0, -1):
                 suffix = row[-size:]
                 found.append((none, none) if min(suffix) < 0 else suffixes.behind(suffix, ahead))
