@@ -1,5 +1,6 @@
 """`ralmq status` and `search`: one question to a running cluster. Knows the client's calls, no message."""
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,22 +58,33 @@ def search(
     index: Annotated[str, typer.Argument(metavar="INDEX", help="Name of a served index.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="Text, or a .npy file of float32 [queries, d].")],
     k: Annotated[int, typer.Option("--k", min=1, help="Neighbours of each query.")] = 10,
-    nprobe: Annotated[int | None, typer.Option("--nprobe", min=1, help="Lists of the index to look at.")] = None,
+    nprobe: Annotated[int | None, typer.Option("--nprobe", min=1, help="Lists of an IVF index to look at.")] = None,
+    ef: Annotated[int | None, typer.Option("--ef", min=1, help="Candidates that an HNSW index keeps.")] = None,
+    filter: Annotated[
+        str | None, typer.Option("--filter", metavar="JSON", help='Which payloads count: \'{"lang": "de"}\'.')
+    ] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Do without shards that are lost or late.")] = False,
+    deadline: Annotated[float, typer.Option("--deadline", metavar="SECONDS", help="When it must have ended.")] = 30.0,
     broker: Broker = DEFAULT_BROKER,
     keys: Keys = None,
     as_json: Json = False,
 ) -> None:
     """Show the nearest entries of an index."""
     asked = _vectors(Path(query).expanduser()) if query.endswith(".npy") else query
-    hits = run(_search(broker, index, asked, k, nprobe))
+    options = {"k": k, "nprobe": nprobe, "ef": ef, "partial": partial, "deadline": deadline}
+    hits = run(_search(broker, index, asked, {**options, "filter": _filter(filter)}))
     if as_json:
-        print_json({"ids": hits.ids.tolist(), "distances": hits.distances.tolist(), "payloads": hits.payloads})
+        found = {"ids": hits.ids.tolist(), "distances": hits.distances.tolist(), "payloads": hits.payloads}
+        print_json({**found, "shards": list(hits.shards)})
         return
     from rich.console import Console
 
     from .tables import hits_table
 
-    Console().print(hits_table(hits.payloads, hits.ids, hits.distances))
+    console = Console()
+    console.print(hits_table(hits.payloads, hits.ids, hits.distances))
+    if hits.coverage < 1:
+        console.print(f"shards {hits.shards[0]}/{hits.shards[1]}: the others gave no answer, see `ralmq status`")
 
 
 async def _status(url: str) -> dict[str, Any]:
@@ -82,11 +94,23 @@ async def _status(url: str) -> dict[str, Any]:
         return await client.status()
 
 
-async def _search(url: str, index: str, query: Any, k: int, nprobe: int | None) -> "Hits":
+async def _search(url: str, index: str, query: Any, options: dict[str, Any]) -> "Hits":
     from ..client.client import connect
 
     async with connect(url) as client:
-        return await client.search(index, query, k=k, nprobe=nprobe)
+        return await client.search(index, query, **options)
+
+
+def _filter(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise Refused(f'--filter: is no JSON ({error}); give a map, as \'{{"lang": "de"}}\'') from None
+    if not isinstance(found, dict):
+        raise Refused('--filter: is no map; give one, as \'{"lang": "de"}\'')
+    return found
 
 
 def _vectors(path: Path) -> Any:

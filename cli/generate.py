@@ -15,9 +15,25 @@ class Policy(enum.StrEnum):
     """How a generation uses what it retrieves."""
 
     knn = "knn"
+    ngram = "ngram"
+    both = "knn+ngram"
+    context = "context"
 
 
-RETRIEVAL = ("policy", "interval", "staleness", "k", "nprobe", "knn_lambda", "knn_temperature")
+RETRIEVAL = (
+    "policy",
+    "interval",
+    "staleness",
+    "k",
+    "nprobe",
+    "knn_lambda",
+    "knn_temperature",
+    "ngram_lambda",
+    "order",
+    "stride",
+    "template",
+    "query_tokens",
+)
 
 
 def generate(
@@ -58,6 +74,13 @@ def generate(
     nprobe: Annotated[int | None, typer.Option("--nprobe", help="Lists of the index to look at.")] = None,
     knn_lambda: Annotated[float | None, typer.Option("--knn-lambda", help="Share of the neighbours, 0 to 1.")] = None,
     knn_temperature: Annotated[float | None, typer.Option("--knn-temperature", help="Flattens distances.")] = None,
+    ngram_lambda: Annotated[float | None, typer.Option("--ngram-lambda", help="Share of the counts, 0 to 1.")] = None,
+    order: Annotated[int | None, typer.Option("--order", metavar="N", help="Tokens of an n-gram.")] = None,
+    stride: Annotated[int | None, typer.Option("--stride", help="Passages anew each so many tokens.")] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", metavar="TEXT", help="With {passages} and {prompt}.")
+    ] = None,
+    query_tokens: Annotated[int | None, typer.Option("--query-tokens", help="Last ones, to retrieve for.")] = None,
     deadline: Annotated[float, typer.Option("--deadline", help="Seconds until it is given up.")] = 600.0,
     broker: Broker = DEFAULT_BROKER,
     keys: Keys = None,

@@ -56,11 +56,18 @@ def hits_table(found: Sequence[Sequence[Mapping[str, Any]]], ids: Any, distances
             if identity < 0:
                 continue
             text = "".join(str(payload.get(name, "")) for name in ("context", "continuation", "text"))
-            text = " ".join((text or str(payload.get("tokens", ""))).split())
+            text = " ".join((text or _fields(payload)).split())
             document = str(payload.get("document", ""))
             table.add_row(str(query), str(identity), f"{distance:.4g}", escape(document), escape(text))
         table.add_section()
     return table
+
+
+def _fields(payload: Mapping[str, Any]) -> str:
+    """What a payload without text holds: its tokens, or whatever it was added with."""
+    if "tokens" in payload:
+        return str(payload["tokens"])
+    return ", ".join(f"{name}: {value}" for name, value in payload.items() if name != "document")
 
 
 def quarantine_table(found: Sequence[Mapping[str, Any]]) -> Table:

@@ -25,10 +25,11 @@ from ..cluster.child import last_line
 from ..cluster.cluster import Cluster
 from ..schema.errors import DeadlineExceeded, Refused, WorkerFailed
 from ..workers.datastore.build import build_datastore
-from ..workers.datastore.evaluate import HeldOut, retrieve, score_held_out
+from ..workers.datastore.evaluate import HeldOut, Neighbours, retrieve, score_held_out
 from ..workers.datastore.ngram import Trigram
 from ..workers.datastore.sources import Document
 from ..workers.datastore.tokenized import tokenize
+from ..workers.index.stream import TokenStream
 from ..workers.models import resolve
 from . import measure, show
 from .texts import Shares, Texts, folder_texts, numpy_texts
@@ -214,14 +215,13 @@ def _processes(demo: Demo, status: dict[str, Any]) -> Any:
 # -- 2. the datastore
 
 
-async def _datastore(demo: Demo) -> tuple[measure.Slices, int]:
+async def _datastore(demo: Demo) -> tuple[HeldOut, int]:
     """Scores what is held out, then indexes the documents, as many as there is time for, and serves them."""
     texts, plan = demo.texts, demo.plan
     show.heading(demo.console, f"2. A datastore of {texts.title}, made by the cluster")
     with show.Bars(demo.console) as bars:
-        development = await _held_out(demo, texts.development, plan.development, bars.part(score="development text"))
         speed = Speed(bars.part(score="held-out text"))
-        held_out = await _held_out(demo, texts.held_out, plan.held_out, speed)
+        held_out = await _held_out(demo, plan.development + plan.held_out, speed)
         demo.rate = speed.rate
         labels = {"score": "documents", "train": "train the index", "fill": "fill the index", "serve": "serve it"}
         speed = Speed(bars.part(**labels))
@@ -230,14 +230,14 @@ async def _datastore(demo: Demo) -> tuple[measure.Slices, int]:
         f"{stored:,} tokens indexed, {speed.rate:,.0f} a second; the key of each is the hidden state in front of it. "
         f"Served as search:{texts.index} by process {demo.cluster.children[texts.index].pid}."
     )
-    return measure.Slices(development, held_out), stored
+    return held_out, stored
 
 
-async def _held_out(demo: Demo, documents: Many, most: int, report: Report) -> HeldOut:
+async def _held_out(demo: Demo, most: int, report: Report) -> HeldOut:
     return await score_held_out(
         demo.client,
         model=demo.model,
-        documents=documents,
+        documents=(*demo.texts.development, *demo.texts.held_out),
         tokenizer=demo.tokenizer,
         max_tokens=most,
         progress=report,
@@ -307,43 +307,41 @@ async def _generate(demo: Demo, options: dict[str, Any]) -> tuple[list[Token], f
 # -- 4. the numbers
 
 
-async def _numbers(demo: Demo, scored: measure.Slices, stored: int) -> Sequence[measure.Row]:
+async def _numbers(demo: Demo, held: HeldOut, stored: int) -> Sequence[measure.Row]:
     """Held-out bits per byte with and without retrieval, and of the controls."""
     texts, console, plan = demo.texts, demo.console, demo.plan
     show.heading(console, "4. What retrieval is worth, on text that is held out")
     with show.Bars(console) as bars:
-        near = await _neighbours(demo, texts.index, scored, bars.part(search=f"search:{texts.index}"))
+        near = await _neighbours(demo, texts.index, held, bars.part(search=f"search:{texts.index}"))
         labels = {"score": "other documents", "serve": "serve them"}
         control = await _index(demo, "control", texts.other, _affordable(demo, plan.control), bars.part(**labels))
-        far = await _neighbours(demo, "control", scored, bars.part(search="search:control"))
+        far = await _neighbours(demo, "control", held, bars.part(search="search:control"))
     stream = (await asyncio.to_thread(tokenize, texts.store, demo.tokenizer, stored)).stream
-    rows = await asyncio.to_thread(_rows, scored, near, far, stream, stored, control)
+    rows = await asyncio.to_thread(_rows, held, near, far, stream, stored, control)
     console.print(show.numbers(rows))
-    held, development = (len(one.scored.stream.tokens) for one in (scored.held_out, scored.development))
     console.print(
-        f"{held:,} held-out tokens ({scored.held_out.n_bytes:,} bytes); k = {plan.k}; lambda and temperature chosen "
-        f"for each row on {development:,} others. The wrong documents are Python's language reference."
+        f"{len(held.scored.stream.tokens):,} held-out tokens ({held.n_bytes:,} bytes); k = {plan.k}. Weights and "
+        f"temperature of each row are chosen on a third of the documents and measured on the others, over "
+        f"{len(measure.SEEDS)} draws; ± is half of what lies between them. The wrong documents are Python's language "
+        "reference."
     )
     console.print(measure.meaning(rows))
     return rows
 
 
 def _rows(
-    scored: measure.Slices, near: measure.Pair, far: measure.Pair, stream: Any, stored: int, control: int
+    held: HeldOut, near: Neighbours, far: Neighbours, stream: TokenStream, stored: int, control: int
 ) -> list[measure.Row]:
-    table = Trigram.fit(stream.tokens, scored.held_out.scored.info.vocab, stream.starts)
+    text, table = measure.Text(held), Trigram.fit(stream.tokens, held.scored.info.vocab, stream.starts)
     return [
-        measure.alone(scored),
-        measure.knn("+ kNN", scored, near, stored),
-        measure.knn("+ kNN, values shuffled (control)", scored, near.shuffled(), stored),
-        measure.knn("+ kNN, wrong documents (control)", scored, far, control),
-        measure.trigram("+ trigram table of the same text", scored, table, stored),
+        text.alone("model alone"),
+        text.mixed("+ kNN", stored, lambda _: near),
+        text.mixed("+ kNN, values shuffled (control)", stored, near.shuffled),
+        text.mixed("+ kNN, wrong documents (control)", control, lambda _: far),
+        text.mixed("+ n-gram counts", stored, table=table),
+        text.mixed("+ kNN and n-gram counts", stored, lambda _: near, table),
     ]
 
 
-async def _neighbours(demo: Demo, index: str, scored: measure.Slices, report: Report) -> measure.Pair:
-    found = [
-        await retrieve(demo.client, index, held, k=demo.plan.k, nprobe=demo.plan.nprobe, progress=report)
-        for held in (scored.development, scored.held_out)
-    ]
-    return measure.Pair(*found)
+async def _neighbours(demo: Demo, index: str, held: HeldOut, report: Report) -> Neighbours:
+    return await retrieve(demo.client, index, held, k=demo.plan.k, nprobe=demo.plan.nprobe, progress=report)

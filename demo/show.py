@@ -105,15 +105,16 @@ def passages(documents: Sequence[Used]) -> Table:
 
 def numbers(rows: Sequence[Row]) -> Table:
     """Bits per byte of each way to predict the held-out text."""
-    table = _table("held-out text predicted by", "bits/byte", "change", "store", "lambda", "temperature")
+    table = _table("held-out text predicted by", "bits/byte", "change", "store", "lambda", "temp.", "n-grams")
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
         change = f"{row.bits / rows[0].bits - 1:+.1%}" if row is not rows[0] else ""
-        store = f"{row.tokens:,} tokens" if row.tokens else ""
+        store = f"{row.tokens:,}" if row.tokens else ""
         lam = f"{row.lam:.2f}" if row.lam is not None else ""
         temperature = f"{row.temperature:g}" if row.temperature is not None else ""
-        table.add_row(row.name, f"{row.bits:.3f}", change, store, lam, temperature)
+        ngram = f"{row.ngram:.2f}" if row.ngram is not None else ""
+        table.add_row(row.name, f"{row.bits:.3f} ±{row.spread / 2:.3f}", change, store, lam, temperature, ngram)
     return table
 
 

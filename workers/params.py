@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..schema.errors import Refused
 
@@ -33,15 +33,21 @@ class Checked(BaseModel):
             raise Refused(said if own else f"{place}: {said}") from None
 
 
+Policy = Literal["knn", "ngram", "knn+ngram", "context"]
+ORDER = 8  # tokens of an n-gram at most
+
+
 class Neighbours(Checked):
-    """How kNN-LM retrieves in the loop (Khandelwal et al., 2020), see docs/request.md.
+    """How what is retrieved changes the next token's distribution, see docs/retrieval-policies.md.
 
     Attributes:
         interval: retrieve at new-token positions 0, interval, 2 x interval ...
         staleness: use the answer to the query of so many positions ago, so that its wait is hidden. Queries whose
             answer would come to use behind the last token are not sent: T tokens send ceil((T - staleness) / interval).
-        knn_lambda: weight of the neighbours' distribution.
+        knn_lambda: weight of the neighbours' distribution (kNN-LM: Khandelwal et al., 2020).
         knn_temperature: softmax(-distance / temperature) over the neighbours.
+        ngram_lambda: weight of the n-gram counts' distribution.
+        order: tokens of an n-gram, the next one counted.
         passages: send what was retrieved along with the tokens.
     """
 
@@ -51,13 +57,28 @@ class Neighbours(Checked):
     staleness: int = Field(default=0, ge=0, le=7)
     knn_lambda: float = Field(default=0.25, ge=0.0, le=1.0)
     knn_temperature: float = Field(default=10.0, ge=1e-6)
+    ngram_lambda: float = Field(default=0.25, ge=0.0, le=1.0)
+    order: int = Field(default=3, ge=2, le=ORDER)
     passages: bool = False
 
 
 class Retrieval(Neighbours):
-    """Which index is asked, and how."""
+    """Which index is asked at the last stage, and how."""
 
     index: str
+    policy: Literal["knn", "ngram", "knn+ngram"] = "knn"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the policy asks the index for."""
+        return tuple(self.policy.split("+"))
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if len(self.parts) > 1 and self.knn_lambda + self.ngram_lambda > 1.0:
+            both = f"knn_lambda={self.knn_lambda:g} and ngram_lambda={self.ngram_lambda:g}"
+            raise ValueError(f"{both} are more than 1 together: lower one of them")
+        return self
 
 
 class Sampling(Checked):
@@ -99,11 +120,14 @@ class Task(Sampling):
     Attributes:
         mode: "generate", or "score": hidden states and log-probabilities of the prompt itself.
         prompt: tokens of the original prompt, where the tensor also holds tokens generated before (a replay).
+        context: how many tokens of the prompt the asker does not count, as passages put before it: positions in the
+            answer, and those that random numbers depend on, are less by so many.
         states: whether a score sends hidden states; without them only log-probabilities travel.
     """
 
     mode: Literal["generate", "score"] = "generate"
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     prompt: int | None = Field(default=None, ge=1)
+    context: int = Field(default=0, ge=0)
     states: bool = True
     retrieve: Retrieval | None = None

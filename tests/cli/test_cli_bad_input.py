@@ -30,6 +30,7 @@ CASES = {
     ),
     "an option of another type": (["search", "docs", "text", "--k", "many"], "'--k': Input should be a valid integer"),
     "an unknown policy": (["generate", "a", "--model", "m", "--retrieve", "d", "--policy", "magic"], "magic"),
+    "a stride without an index": (["generate", "a", "--model", "m", "--stride", "4"], "--stride without --retrieve"),
     "retrieval options alone": (["generate", "a", "--model", "m", "--interval", "2"], "--interval without --retrieve"),
     "an open address": (["broker", "--bind", "tcp://0.0.0.0:0"], "add --insecure"),
     "an open address by name": (["up", "--bind", "tcp://example.org:0"], "add --insecure"),

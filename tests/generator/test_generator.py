@@ -13,6 +13,7 @@ from ralmq.errors import NoService, RalmqError, Refused
 from ralmq.workers.datastore.build import build_datastore
 from ralmq.workers.datastore.sources import Document
 from ralmq.workers.generator.worker import Generator
+from ralmq.workers.index.query import Params
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.worker import Index
 from ralmq.workers.options import build
@@ -212,7 +213,7 @@ def test_passages_embeddings_and_search_by_text(model: Path, tokenizer: Tokenize
 
         hits = await client.search("docs", "the quick brown", k=3)
         ids, distances = opened.search(
-            (await client.request(f"embed:{MODEL}", {"texts": ["the quick brown"]})).tensors[0].numpy(), 3
+            (await client.request(f"embed:{MODEL}", {"texts": ["the quick brown"]})).tensors[0].numpy(), Params(3)
         )
         assert np.allclose(hits.distances, distances, atol=1e-2) and hits.payloads[0][0]["document"] == "0.txt"
         assert tokenizer.decode(hits.payloads[0][0]["tokens"]).startswith("the quick brown")

@@ -202,3 +202,43 @@ def test_an_index_that_is_lost_is_waited_for(model: Path, tokenizer: Tokenizer, 
             await running.settled()
 
     asyncio.run(main())
+
+
+def test_an_index_that_is_away_when_a_text_begins(model: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Who waits for a model waits for the index, too; a text that is under way waits for all that it needs."""
+    path, options = tmp_path / "docs", {"retrieve": "docs", "k": 4, "knn_temperature": 100.0, **SAMPLED}
+
+    async def main() -> None:
+        async with cluster(*stages(model, 2, **EXACT), generator(model)) as running:
+
+            async def index() -> dict[str, Any]:
+                """What the broker knows of the service; nothing once the grace after its loss is over."""
+                services: dict[str, dict[str, Any]] = (await running.client.status())["services"]
+                return services.get("search:docs", {})
+
+            async def asked_for() -> bool:
+                return (await index()).get("queued", 0) > 0
+
+            async def forgotten() -> bool:
+                return not await index()
+
+            words = " ".join(str(number) for number in np.random.default_rng(0).integers(0, 99, 400))
+            parts = {"documents": [Document("a.txt", words)], "tokenizer": tokenizer, "out": path}
+            await build_datastore(running.client, model=MODEL, name="docs", **parts)
+            begun = asyncio.create_task(told(running, wait_service=60, **options))
+            await until(asked_for, "a question for the index")
+            await running.add(Index(index=path))
+            wanted = await begun
+
+            async def away() -> None:
+                for host in running.hosts[:2] + running.hosts[3:]:
+                    await running.kill(host.worker)
+                await until(forgotten, "the end of its grace")
+                await running.add(*stages(model, 2, **EXACT))
+                await until(asked_for, "a question for the index")
+                await running.add(Index(index=path))
+
+            same(await told(running, 8, away, **options), wanted)
+            await running.settled()
+
+    asyncio.run(main())

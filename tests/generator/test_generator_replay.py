@@ -16,8 +16,8 @@ from ralmq.workers.params import Task
 class Attempt:
     """The answer of a pipeline: a token, and then the loss of a worker, or the end."""
 
-    def __init__(self, tokens: int, lost: str | None, position: int) -> None:
-        self._parts = self._made(tokens, lost, position)
+    def __init__(self, tokens: int, lost: str | None, position: int, without: int = -1) -> None:
+        self._parts = self._made(tokens, lost, position, without)
 
     async def __aenter__(self) -> Self:
         return self
@@ -29,9 +29,10 @@ class Attempt:
     def __aiter__(self) -> AsyncIterator[Reply]:
         return self._parts
 
-    async def _made(self, tokens: int, lost: str | None, position: int) -> AsyncIterator[Reply]:
+    async def _made(self, tokens: int, lost: str | None, position: int, without: int) -> AsyncIterator[Reply]:
         for place in range(tokens):
-            yield Reply({"token": 7, "position": position + place})
+            if place != without:
+                yield Reply({"token": 7, "position": position + place})
         if lost is not None:
             raise WorkerLost("it was lost", worker=lost)
 
@@ -41,8 +42,8 @@ def run(plan: Sequence[tuple[int, str | None]], alive: set[str]) -> tuple[int, i
     asked: list[int] = []
 
     async def main() -> int:
-        def ask(body: dict[str, Any], ids: Sequence[int], *, again: bool) -> Any:
-            assert again == bool(asked)
+        def ask(body: dict[str, Any], ids: Sequence[int], *, there: bool, again: bool, context: int) -> Any:
+            assert there == again == bool(asked) and not context
             asked.append(len(ids))
             return Attempt(*plan[len(asked) - 1], len(ids))
 
@@ -87,3 +88,22 @@ def test_a_token_clears_it() -> None:
 
 def test_it_is_not_asked_for_ever() -> None:
     assert attempts([(0, "x")] * (MOST + 1), {"x"}) == MOST
+
+
+@pytest.mark.parametrize("without", [0, 3, 7])
+def test_a_token_that_was_left_out_is_asked_for_again(without: int) -> None:
+    asked: list[int] = []
+
+    def ask(body: dict[str, Any], ids: Sequence[int], *, there: bool, again: bool, context: int) -> Any:
+        asked.append(len(ids))
+        return Attempt(body["max_tokens"], None, len(ids), -1 if again else without)
+
+    async def main() -> list[int]:
+        async def known() -> set[str]:
+            return set()
+
+        replay = Replay(ask, Task(max_tokens=8), [1, 2, 3], [], asyncio.Lock(), known)
+        return [body["position"] async for body in replay.parts()]
+
+    assert asyncio.run(main()) == list(range(3, 11))
+    assert asked == [3, 3 + without]

@@ -11,16 +11,21 @@ import msgpack
 import numpy as np
 import torch
 from ralmq.schema.message import Final, Partial, Return, Row
+from ralmq.schema.tensor import tensor_of
 from ralmq.workers.hooks import LogitsHook
+from ralmq.workers.index.stream import TokenStream
+from ralmq.workers.index.suffix import NgramTable
 from ralmq.workers.params import Task
 from ralmq.workers.stage.batch import Key
 from ralmq.workers.stage.last import Last, Outcome
-from ralmq.workers.stage.neighbours import Neighbours, Query
+from ralmq.workers.stage.neighbours import Asked, Found, Neighbours, Query
 
 D, VOCAB, CONTEXT, EOS = 4, 16, 1200, 2
 random = np.random.default_rng(0)
 HIDDEN = torch.tensor(random.normal(size=(CONTEXT, D)), dtype=torch.float32)
 ENTERED = torch.tensor(random.normal(size=(CONTEXT, D)), dtype=torch.float32)
+STREAM = TokenStream((random.zipf(1.5, 500) % (VOCAB - 1)).astype(np.int32), ("a", "b"), np.array([0, 230]))
+NGRAMS = NgramTable(STREAM, "stream")
 HEAD = torch.tensor(random.normal(size=(D, VOCAB)), dtype=torch.float32)
 
 
@@ -71,10 +76,16 @@ def merged(first: Outcome, *others: Outcome) -> Outcome:
     return first
 
 
-def answered(last: Last, queries: list[Query]) -> Outcome:
-    return merged(
-        Outcome(), *[last.answered(query, [neighbours(v, query.k) for v in query.vectors]) for query in queries]
-    )
+def found(query: Asked) -> list[Found]:
+    """What an index answers: n-grams of STREAM, or neighbours."""
+    if isinstance(query, Query):
+        return [neighbours(vector, query.k) for vector in query.vectors]
+    body, arrays = NGRAMS.answer(query.body, query.tensors)
+    return list(query.answers(body, tuple(map(tensor_of, arrays))))
+
+
+def answered(last: Last, queries: list[Asked]) -> Outcome:
+    return merged(Outcome(), *[last.answered(query, found(query)) for query in queries])
 
 
 def chunked(last: Last, key: Key, end: int, size: int, begin: int = 0) -> Outcome:
@@ -86,10 +97,10 @@ def chunked(last: Last, key: Key, end: int, size: int, begin: int = 0) -> Outcom
     return outcomes[-1]
 
 
-def run(last: Last, key: Key, prompt: int) -> tuple[list[dict[str, Any]], list[Query], dict[str, Any]]:
+def run(last: Last, key: Key, prompt: int) -> tuple[list[dict[str, Any]], list[Any], dict[str, Any]]:
     """All tokens of one sequence alone: bodies of its parts, the queries sent, and its end."""
     parts: list[dict[str, Any]] = []
-    queries: list[Query] = []
+    queries: list[Any] = []
     position, length = 0, prompt
     while True:
         outcome = step(last, (key, position, length))

@@ -14,6 +14,7 @@ from ralmq.errors import DeadlineExceeded, NoService, RalmqError, Refused
 from ralmq.workers.datastore.build import build_datastore
 from ralmq.workers.datastore.sources import Document
 from ralmq.workers.index.answer import MAX_PAYLOADS
+from ralmq.workers.index.query import Params
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.writer import write_index
 from ralmq.workers.stage.last import PASSAGES
@@ -113,7 +114,9 @@ def test_lambda_0_equals_plain_generation(checkpoint: Callable[[str], Path], doc
 
 async def keys_of(client: Client, docs: Path) -> np.ndarray:
     """The states that the index must hold, from mode score over its own documents."""
-    stream = open_index(docs)._stream
+    datastore = open_index(docs).datastore
+    assert datastore is not None
+    stream = datastore.stream
     lines = [stream.tokens[a:b].tolist() for a, b in zip(stream.starts, stream.ends, strict=True)]
     parts = [await scored(client, line[:250]) for line in lines]
     return np.concatenate([hidden for hidden, _ in parts])
@@ -230,7 +233,7 @@ def test_passages_tell_where_neighbours_stand(checkpoint: Callable[[str], Path],
         for place, body in enumerate(bodies):
             assert ("passages" in body) == (place % 2 == 0)
             if place % 2 == 0:
-                ids, distances = opened.search(index.asked[place // 2], 4)
+                ids, distances = opened.search(index.asked[place // 2], Params(4))
                 assert [passage["id"] for passage in body["passages"]] == ids[0].tolist()
                 assert np.allclose([passage["distance"] for passage in body["passages"]], distances[0])
                 wanted = [p.tokens.tolist() for p in opened.passages(ids[0]) if p is not None]
@@ -264,7 +267,8 @@ def test_a_foreign_index_is_refused_before_any_computation(
 ) -> None:
     """Another model's index of the same width, an index of another width, and a name that nobody serves."""
     opened = open_index(docs)
-    stream, entries = opened._stream, opened._stream.entries()
+    assert opened.datastore is not None
+    stream, entries = opened.datastore.stream, opened.datastore.stream.entries()
     same = opened.manifest.fingerprint
     for name, width, fingerprint in (("alien", D, "f" * 16), ("wide", D + 1, same)):
         vectors = np.zeros((len(entries), width), np.float32)

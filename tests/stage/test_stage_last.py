@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from ralmq.schema.errors import NoService
 from ralmq.schema.message import Error, Final, Partial, Return
+from ralmq.workers.engine.sample import SamplingParams, choose
 from ralmq.workers.params import Retrieval
 from ralmq.workers.stage.batch import SCORED as CHUNK
 from ralmq.workers.stage.last import PASSAGES, Outcome
@@ -34,6 +35,17 @@ def test_stop_ids_and_the_model_s_own_end() -> None:
     assert final["finish_reason"] == "stop" and len(parts) == greedy.index(EOS) + 1
     _, _, final = run(last, start(last, 3, 1, max_tokens=greedy.index(EOS) + 9), 1)
     assert final["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("context", [0, 4])
+def test_positions_and_random_numbers_do_not_count_what_was_put_before(context: int) -> None:
+    last = new()
+    options = {"max_tokens": 20, "temperature": 1.0, "top_p": 0.9, "seed": 5}
+    parts, _, _ = run(last, start(last, 1, 9, context=context, **options), 9)
+    params = SamplingParams(temperature=1.0, top_p=0.9, seed=5)
+    for place, part in enumerate(parts):
+        assert part["position"] == 9 + place - context
+        assert part["token"] == choose(lm(9 + place), params, 9 + place - context)
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])

@@ -124,7 +124,7 @@ def test_options(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
             asyncio.run(Stage(model=str(path), stage="0/1", **options).start())
 
 
-QUERY = Query("i", 3, None, True, [(bytes(16), 0), (bytes(16), 1)], [4, 5])
+QUERY = Query("i", 3, None, True, keys=[(bytes(16), 0), (bytes(16), 1)], positions=[4, 5])
 IDS = np.array([[4, 5, -1], [7, 8, 9]], np.int64)
 DISTANCES = np.array([[0.5, 1.0, np.inf], [1.0, 2.0, 3.0]], np.float32)
 FOLLOWING = np.arange(48, dtype=np.int32).reshape(2, 3, 8)

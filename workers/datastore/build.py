@@ -49,7 +49,7 @@ async def build_datastore(
     check_name(name)
     check_replaceable(out, OWN_FILES)
     progress("tokenize", 0, 1)
-    stream, _ = await asyncio.to_thread(tokenize, documents, tokenizer, max_tokens)
+    stream = (await asyncio.to_thread(tokenize, documents, tokenizer, max_tokens)).stream
     progress("tokenize", 1, 1)
     scored = await score(client, model=model, stream=stream, in_flight=in_flight, progress=progress)
 

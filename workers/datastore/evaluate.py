@@ -25,10 +25,11 @@ _RESENDS = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldOut:
-    """A scored text and the bytes its targets stand for."""
+    """A scored text and the bytes its targets stand for, in all and in each document."""
 
     scored: Scored
     n_bytes: int
+    document_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,8 +70,9 @@ async def score_held_out(
     progress: Progress = silent,
 ) -> HeldOut:
     """Scores `documents` as `build_datastore` does. Raises SourceError, RalmqError."""
-    stream, n_bytes = await asyncio.to_thread(tokenize, documents, tokenizer, max_tokens)
-    return HeldOut(await score(client, model=model, stream=stream, in_flight=in_flight, progress=progress), n_bytes)
+    found = await asyncio.to_thread(tokenize, documents, tokenizer, max_tokens)
+    scored = await score(client, model=model, stream=found.stream, in_flight=in_flight, progress=progress)
+    return HeldOut(scored, found.scored_bytes, found.document_bytes)
 
 
 async def retrieve(

@@ -16,10 +16,11 @@ _DOCUMENTS_AT_ONCE = 64
 
 
 class Tokenized(NamedTuple):
-    """The stream, and how many UTF-8 bytes all tokens but the first of each document stand for."""
+    """The stream, and how many UTF-8 bytes all tokens but the first of each document stand for, in all and of each."""
 
     stream: TokenStream
     scored_bytes: int
+    document_bytes: tuple[int, ...]
 
 
 def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_tokens: int | None = None) -> Tokenized:
@@ -30,7 +31,7 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_tokens: in
     room = max_tokens if max_tokens is not None else 1 << 62
     pieces: list[np.ndarray[tuple[int], np.dtype[np.int32]]] = []
     names: list[str] = []
-    scored_bytes = 0
+    sizes: list[int] = []
     remaining = iter(documents)
     while room > 0 and (batch := list(islice(remaining, _DOCUMENTS_AT_ONCE))):
         encodings = tokenizer.encode_batch([document.text for document in batch], add_special_tokens=False)
@@ -40,11 +41,11 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_tokens: in
                 continue
             # From the end of the first token to the end of the last: a token's start may leave its leading space out.
             first, last = encoding.offsets[0][1], encoding.offsets[len(ids) - 1][1]
-            scored_bytes += len(document.text[first:last].encode())
+            sizes.append(len(document.text[first:last].encode()))
             pieces.append(ids)
             names.append(document.name)
             room -= len(ids)
     if not any(len(piece) > 1 for piece in pieces):
         raise SourceError("the sources hold no document of two tokens; name a longer text or raise --max-tokens")
     lengths = np.array([0, *(len(piece) for piece in pieces[:-1])], dtype=np.int64)
-    return Tokenized(TokenStream(np.concatenate(pieces), tuple(names), np.cumsum(lengths)), scored_bytes)
+    return Tokenized(TokenStream(np.concatenate(pieces), tuple(names), np.cumsum(lengths)), sum(sizes), tuple(sizes))

@@ -6,7 +6,21 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ..params import MAX_TOKENS, Neighbours, Retrieval, Sampling, Task
+from ..params import MAX_TOKENS, Neighbours, Policy, Retrieval, Sampling, Task
+from .context import PASSAGES, PROMPT, TEMPLATE
+
+MIXED = ("knn", "ngram", "knn+ngram")
+OF = {  # the policies that these options belong to
+    "interval": MIXED,
+    "staleness": MIXED,
+    "knn_lambda": ("knn", "knn+ngram"),
+    "knn_temperature": ("knn", "knn+ngram"),
+    "ngram_lambda": ("ngram", "knn+ngram"),
+    "order": ("ngram", "knn+ngram"),
+    "stride": ("context",),
+    "template": ("context",),
+    "query_tokens": ("context",),
+}
 
 
 class Options(Neighbours, Sampling):
@@ -15,6 +29,8 @@ class Options(Neighbours, Sampling):
     Attributes:
         made: ids that the asker has of each of the n texts, where an earlier generator was lost.
         ended: why each of them ended, as far as they did.
+        stride, template, query_tokens: of the policy context: new tokens after which passages are retrieved anew, the
+            text that they and the prompt are put in, and how many of the last tokens are the query.
     """
 
     max_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)
@@ -26,7 +42,10 @@ class Options(Neighbours, Sampling):
     ended: tuple[Literal["", "stop", "length"], ...] = Field(default=(), max_length=64)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), max_length=16)
     retrieve: str | None = None
-    policy: Literal["knn"] = "knn"
+    policy: Policy = "knn"
+    stride: int = Field(default=16, ge=1, le=MAX_TOKENS)
+    template: str = Field(default=TEMPLATE, max_length=1 << 16)
+    query_tokens: int = Field(default=32, ge=1, le=1024)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -45,11 +64,35 @@ class Options(Neighbours, Sampling):
             raise ValueError(f"made, ended: give one of each for each of the n={self.n} texts, or none")
         return self
 
+    @field_validator("template")
+    @classmethod
+    def _places(cls, value: str) -> str:
+        if [value.count(place) for place in (PASSAGES, PROMPT)] != [1, 1] or value.find(PROMPT) < value.find(PASSAGES):
+            raise ValueError(f"give a text with {PASSAGES} once and, behind it, {PROMPT} once")
+        return value
+
+    @model_validator(mode="after")
+    def _of_the_policy(self) -> Self:
+        if self.retrieve is None:
+            if "policy" in self.model_fields_set:
+                raise ValueError(f"policy={self.policy} without retrieve: name the index to retrieve from")
+            return self
+        for name, policies in OF.items():
+            if name in self.model_fields_set and self.policy not in policies:
+                which = " or ".join(policies)
+                raise ValueError(f"{name} belongs to policy {which}, not to {self.policy}: leave it out")
+        return self
+
     def tasks(self) -> list[Task]:
-        """The requests to the pipeline, one of each of the n texts; a seed is drawn where none was given."""
+        """The requests to the pipeline, one of each of the n texts; a seed is drawn where none was given.
+
+        Raises:
+            Refused: shares of more than all.
+        """
         retrieval: Retrieval | None = None
-        if self.retrieve is not None:
-            retrieval = Retrieval(index=self.retrieve, **self.model_dump(include=set(Neighbours.model_fields)))
+        if self.retrieve is not None and self.policy != "context":
+            chosen = self.model_dump(include=set(Neighbours.model_fields))
+            retrieval = Retrieval.of({"index": self.retrieve, "policy": self.policy, **chosen})
         seed = random.getrandbits(63) if self.seed is None else self.seed
         sampling = self.model_dump(include=set(Sampling.model_fields) - {"max_tokens"})
         return [

@@ -8,13 +8,22 @@ from ...client.losses import Losses
 from ...client.stream import Stream
 from ...schema.errors import WorkerLost
 from ..params import Task
+from .context import Context, Frame
 from .options import wire
 
 
 class Ask(Protocol):
-    """Sends a request to the pipeline."""
+    """Sends a request to the pipeline.
 
-    def __call__(self, body: dict[str, Any], ids: Sequence[int], *, again: bool) -> Stream: ...
+    Args:
+        there: it has answered before, and may be away for a while.
+        again: these tokens went to one that was lost.
+        context: tokens that its reader does not count.
+    """
+
+    def __call__(
+        self, body: dict[str, Any], ids: Sequence[int], *, there: bool, again: bool, context: int
+    ) -> Stream: ...
 
 
 class Replay:
@@ -30,6 +39,7 @@ class Replay:
         made: ids that are there already; grows.
         suspects: held by the one suspect that runs.
         alive: names of the workers that the broker knows.
+        context: what is put around the prompt; each stride of it is a request of its own.
 
     Attributes:
         ended: "stop" or "length", once it has ended by itself.
@@ -43,6 +53,7 @@ class Replay:
         made: list[int],
         suspects: asyncio.Lock,
         alive: Callable[[], Awaitable[set[str]]],
+        context: Context | None = None,
     ) -> None:
         self.ended = ""
         self._ask = ask
@@ -52,6 +63,8 @@ class Replay:
         self._suspects = suspects
         self._alone = False
         self._losses = Losses(alive)
+        self._context = context
+        self._renewed = False  # the last attempt was a whole stride
 
     async def parts(self) -> AsyncGenerator[dict[str, Any], None]:
         """Bodies of the tokens, each position once, in order.
@@ -76,23 +89,38 @@ class Replay:
 
     async def _attempt(self) -> AsyncGenerator[dict[str, Any], None]:
         made = self._made
+        frame = await self._context.frame(made) if self._context is not None else Frame(0, self._task.max_tokens, True)
         if self._losses.suspect:
             await self._suspects.acquire()
             self._alone = True
-        task = self._task.model_copy(update={"max_tokens": self._task.max_tokens - len(made)})
+        prompt = frame.around(self._prompt)
+        changed: dict[str, Any] = {"max_tokens": frame.until - len(made), "context": frame.size}
         if made:
-            task = task.model_copy(update={"prompt": len(self._prompt)})
-        again = bool(made or self._losses.count)
-        async with self._ask(wire(task), [*self._prompt, *made], again=again) as stream:
+            changed["prompt"] = len(prompt)
+        body, there = wire(self._task.model_copy(update=changed)), bool(made or self._losses.count)
+        again, self._renewed = there and not self._renewed, False
+        async with self._ask(body, [*prompt, *made], there=there, again=again, context=frame.size) as stream:
             async for part in stream:
-                if part.body["position"] != len(self._prompt) + len(made):
+                missing = part.body["position"] - len(self._prompt) - len(made)
+                if missing < 0:
                     continue  # it is here already
-                made.append(part.body["token"])
+                if missing:
+                    raise WorkerLost("the pipeline left a token out")
+                body = part.body
+                if frame.passages and len(made) == frame.begin:
+                    body = {**body, "passages": frame.passages}
+                made.append(body["token"])
+                if len(made) == frame.until and not frame.last and body.get("ended") == "length":
+                    body = {name: value for name, value in body.items() if name != "ended"}  # of the stride alone
                 self._losses.clear()
                 self._cleared()
-                self.ended = part.body.get("ended", "")
-                yield part.body
-        self.ended = self.ended or "length"
+                self.ended = body.get("ended", "")
+                yield body
+        if not self.ended and len(made) < frame.until:
+            raise WorkerLost("the pipeline ended the text without its last token")
+        self._renewed = not self.ended and not frame.last
+        if not self._renewed:
+            self.ended = self.ended or "length"
 
     def _cleared(self) -> None:
         if self._alone:

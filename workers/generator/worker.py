@@ -18,8 +18,10 @@ from ...schema.message import Beat
 from ..base import Answer, Request, Worker
 from ..models import resolve
 from ..params import Task
+from .context import Context, Strides
 from .merge import merged
 from .options import Options, wire
+from .passages import Passages
 from .replay import Replay
 from .text import Text
 
@@ -42,6 +44,7 @@ class Generator(Worker):
         self._path = path / "tokenizer.json"
         self._tokenizer: Tokenizer | None = None
         self._suspects = asyncio.Lock()
+        self._length = 0  # tokens that the model reads; 0: not asked yet
         self._replayed = 0  # tokens that went to a pipeline again
 
     @property
@@ -122,7 +125,8 @@ class Generator(Worker):
             # One text is a part a token: the pipeline may be as far ahead of its reader as this generator, no further.
             first = len(made) + (0 if options.echo else len(ids)) if options.n == 1 else None
             ask = partial(self._lm, request=request, first=first)
-            replay = Replay(ask, task, ids, made, self._suspects, self._workers)
+            context = await self._context(options, ids, request)
+            replay = Replay(ask, task, ids, made, self._suspects, self._workers, context)
             async with aclosing(replay.parts()) as bodies:
                 async for body in bodies:
                     end["position"] = body["position"]
@@ -164,22 +168,52 @@ class Generator(Worker):
         ]
         return {**body, "top_logprobs": top}
 
+    async def _context(self, options: Options, ids: list[int], request: Request) -> Context | None:
+        """What puts passages before the prompt, where they are asked for."""
+        if options.retrieve is None or options.policy != "context":
+            return None
+        tokenizer = self._needed("to put passages before the prompt")
+        room = await self._room(request)
+        tokens, most = options.query_tokens, options.max_tokens
+        strides = Strides(options.stride, tokens, options.template, most, room, options.passages)
+        chosen = options.retrieve, options.k, options.nprobe, f"embed:{self._model}"
+        state, left = partial(self._state, request=request), partial(self._left, request)
+        return Context(Passages(self.host.client, *chosen, state, left, request.wait), strides, tokenizer, ids)
+
+    async def _room(self, request: Request) -> int:
+        """Tokens that the model reads at most, as its stages say."""
+        if not self._length:
+            stream = self._lm({"mode": "score", "states": False}, [0, 0], request)
+            async for _ in stream:
+                pass
+            self._length = stream.final.body["context"] if stream.final is not None else 0
+        return self._length
+
     def _lm(
-        self, body: dict[str, Any], ids: Sequence[int], request: Request, again: bool = False, first: int | None = None
+        self,
+        body: dict[str, Any],
+        ids: Sequence[int],
+        request: Request,
+        there: bool = False,
+        again: bool = False,
+        first: int | None = None,
+        context: int = 0,
     ) -> Stream:
         """A request to the pipeline on behalf of one that came here.
 
         Args:
-            again: its stages were lost, and may be away for a while.
+            there: its stages have answered, and may be away for a while.
+            again: what they had answered was lost with them.
             first: ids before the first part of the answer, if each part is one of what the pipeline gives: then the
                 credit of the answer's reader, less what was sent, is that of the pipeline.
+            context: so many ids more, which are not the reader's.
         """
         left = self._left(request)
         if again:
             self._replayed += len(ids)
 
         def credit() -> int:
-            return max(1, request.until - (len(ids) - (first or 0))) if request.until else 0
+            return max(1, request.until - (len(ids) - context - (first or 0))) if request.until else 0
 
         stream = self.host.client.stream(
             f"lm:{self._model}",
@@ -189,7 +223,7 @@ class Generator(Worker):
             parent=request.id,
             priority=request.priority,
             retries=RETRIES,
-            wait_service=left if again else 0.0,
+            wait_service=left if there else request.wait,
             credit=None if first is None else credit,
         )
         if first is not None:

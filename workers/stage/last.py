@@ -4,6 +4,7 @@ All of it runs in the compute thread. Rows that wait for neighbours are parked w
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +16,17 @@ from ...schema.message import Error, Final, Partial, Return, Row
 from ..engine.rows import log_probs_of, sample_rows, top_log_probs
 from ..engine.span import Span
 from ..hooks import Hooks, LogitsHook, apply
+from ..params import Retrieval
 from .batch import SCORED, Key
-from .neighbours import Mixing, Neighbours, Query
+from .neighbours import Asked, Found, Mixing, Query
+from .ngrams import NgramQuery, Suffix, Unigrams, context_of
 from .sequence import Sequence, sequence_of
 
 PASSAGES = 1024  # hits with passages that an index answers at once
 
 Array = np.ndarray[Any, Any]
 Sent = tuple[Any, Key, int]  # message, request, sequence number
+Drawn = tuple[Sequence, int, tuple[Found, ...]]  # a row to be sampled: its position, and what is to be mixed in
 MIXING = Mixing()
 NOT_FINITE = "the model's hidden state is not finite: its weights may be damaged, or its dtype too narrow"
 
@@ -33,7 +37,7 @@ class Outcome:
 
     sent: list[Sent] = field(default_factory=list)
     returns: list[Return] = field(default_factory=list)
-    queries: list[Query] = field(default_factory=list)
+    queries: list[Asked] = field(default_factory=list)
 
 
 class Last:
@@ -45,6 +49,7 @@ class Last:
         # A checkpoint whose vocabulary was cut down may still name an id behind it.
         self._eos = frozenset(token for token in span.config.eos_ids if token < span.config.vocab)
         self._sequences: dict[Key, Sequence] = {}
+        self._unigrams: dict[str, Unigrams] = {}  # of each index, as it told last
         self._info = {
             "fingerprint": fingerprint,
             "d": span.config.hidden,
@@ -106,18 +111,22 @@ class Last:
                 ready.append((sequence, last))
         return ready
 
-    def answered(self, query: Query, answers: list[Neighbours]) -> Outcome:
-        """Neighbours came: rows that waited for them are sampled; those of ended sequences are dropped."""
+    def answered(self, query: Asked, answers: Iterable[Found]) -> Outcome:
+        """What was asked for came: rows that waited for it are sampled; those of ended sequences are dropped."""
         outcome = Outcome()
         for key, position, found in zip(query.keys, query.positions, answers, strict=True):
+            if isinstance(found, Suffix):
+                self._unigrams[query.index] = found.unigrams
             sequence = self._sequences.get(key)
             if sequence is None:
                 continue
-            sequence.answers[position] = found
-            if sequence.parked is not None and sequence.due(sequence.parked[1]) in sequence.answers:
+            sequence.answers[position, query.part] = found
+            if sequence.parked is not None:
                 logits, at = sequence.parked
-                sequence.parked = None
-                self._draw([(sequence, at, sequence.answers.pop(sequence.due(at)))], logits[None], outcome)
+                parts = sequence.found(at)
+                if parts is not None:
+                    sequence.parked = None
+                    self._draw([(sequence, at, parts)], logits[None], outcome)
         return outcome
 
     def fail(self, keys: list[Key], error: RalmqError) -> Outcome:
@@ -137,27 +146,42 @@ class Last:
     # -- inside
 
     def _ask(self, known: list[tuple[Sequence, Row, int]], entered: torch.Tensor, outcome: Outcome) -> None:
-        """One query per index and (k, nprobe) for the rows that ask; more only where passages are too many for one."""
-        queries: list[tuple[Query, list[int]]] = []
-        groups: dict[tuple[Any, ...], tuple[Query, list[int]]] = {}
+        """One query for the rows that ask the same index alike; more only where passages are too many for one.
+
+        Where a policy has two parts, each asks by itself, both at once.
+        """
+        queries: list[tuple[Asked, list[int]]] = []
+        groups: dict[tuple[Any, ...], tuple[Asked, list[int]]] = {}
         for sequence, row, last in known:
             retrieval = sequence.task.retrieve
             for position in sequence.asks(row):
                 assert retrieval is not None
-                group = (retrieval.index, retrieval.k, retrieval.nprobe, retrieval.passages)
-                if group not in groups or (retrieval.passages and (len(groups[group][1]) + 1) * retrieval.k > PASSAGES):
-                    groups[group] = Query(*group), []
-                    queries.append(groups[group])
-                query, places = groups[group]
-                query.keys.append(sequence.key)
-                query.positions.append(position)
-                places.append(last - (row.position + row.length - position))
+                for part in retrieval.parts:
+                    group = _group(part, retrieval)
+                    if group not in groups or _full(groups[group][0]):
+                        groups[group] = self._query(part, retrieval), []
+                        queries.append(groups[group])
+                    query, places = groups[group]
+                    query.keys.append(sequence.key)
+                    query.positions.append(position)
+                    if isinstance(query, NgramQuery):
+                        query.contexts.append(context_of(sequence.history.tokens, position, query.order))
+                    places.append(last - (row.position + row.length - position))
         for query, places in queries:
-            query.vectors = entered[torch.tensor(places)].float().cpu().numpy()
-            self._drop_broken(query, outcome)
-            query.until = max((self._sequences[key].until for key in query.keys), default=query.until)
-            if query.keys:
+            if isinstance(query, Query):
+                query.vectors = entered[torch.tensor(places)].float().cpu().numpy()
+                self._drop_broken(query, outcome)
+        for query, _ in queries:
+            query.until = max((self._sequences[key].until for key in query.keys if key in self._sequences), default=0.0)
+            if query.until:
                 outcome.queries.append(query)
+
+    def _query(self, part: str, retrieval: Retrieval) -> Asked:
+        """One of a part, without rows."""
+        if part == "knn":
+            return Query(retrieval.index, retrieval.k, retrieval.nprobe, retrieval.passages)
+        known = self._unigrams.get(retrieval.index)
+        return NgramQuery(retrieval.index, retrieval.order, retrieval.staleness, known)
 
     def _fail_broken(self, rows: tuple[Row, ...], hidden: torch.Tensor, outcome: Outcome) -> None:
         """Rows whose hidden states are not finite fail, and no others: their tokens would be noise without a word."""
@@ -183,25 +207,24 @@ class Last:
         if not ready:
             return
         logits = self._span.head(hidden, [last for _, last in ready]).cpu().numpy()
-        drawn: list[tuple[Sequence, int, Neighbours | None]] = []
+        drawn: list[Drawn] = []
         places: list[int] = []
         for place, (sequence, _) in enumerate(ready):
-            position = sequence.total
-            due = sequence.due(position)
-            if due >= 0 and due not in sequence.answers:
-                sequence.parked = logits[place].copy(), position  # a view would keep the whole batch's logits
+            found = sequence.found(sequence.total)
+            if found is None:
+                sequence.parked = logits[place].copy(), sequence.total  # a view would keep the whole batch's logits
             else:
-                drawn.append((sequence, position, sequence.answers.pop(due) if due >= 0 else None))
+                drawn.append((sequence, sequence.total, found))
                 places.append(place)
         if drawn:
             self._draw(drawn, logits[places] if len(places) < len(logits) else logits, outcome)
 
-    def _draw(self, rows: list[tuple[Sequence, int, Neighbours | None]], logits: Array, outcome: Outcome) -> None:
-        """Samples rows (sequence, position, neighbours to mix in) from their logits [rows, vocab].
+    def _draw(self, rows: list[Drawn], logits: Array, outcome: Outcome) -> None:
+        """Samples rows (sequence, position, what is to be mixed in) from their logits [rows, vocab].
 
-        Those that neighbours or hooks change go one by one: each may fail, and in float64.
+        Those that retrieval or hooks change go one by one: each may fail, and in float64.
         """
-        plain = [place for place, (s, _, found) in enumerate(rows) if found is None and not s.task.hooks]
+        plain = [place for place, (s, _, found) in enumerate(rows) if not found and not s.task.hooks]
         if plain:
             some = logits[plain] if len(plain) < len(logits) else logits
             self._take([rows[place] for place in plain], some, outcome)
@@ -219,7 +242,7 @@ class Last:
         outcome.sent += self.fail([sequence.key], error).sent
         outcome.returns.append(Return(*sequence.key, -1, True))
 
-    def _changed(self, sequence: Sequence, found: Neighbours | None, logits: Array) -> Array:
+    def _changed(self, sequence: Sequence, found: tuple[Found, ...], logits: Array) -> Array:
         """Logits [vocab] after what was retrieved is mixed in, and after the hooks that the request names.
 
         Raises:
@@ -227,7 +250,7 @@ class Last:
         """
         retrieval = sequence.task.retrieve
         steps: list[tuple[str, LogitsHook | None, dict[str, Any]]] = []
-        if found is not None and retrieval is not None:
+        if found and retrieval is not None:
             given = {"retrieval": retrieval, "metric": sequence.metric, "found": found}
             steps.append((f"index {retrieval.index}", MIXING, given))
         steps += [(f"hook {name}", self._hooks.get(name), given) for name, given in sequence.task.hooks.items()]
@@ -240,7 +263,7 @@ class Last:
                 raise WorkerFailed(f"{name}: {error or type(error).__name__}"[:2000]) from error
         return logits
 
-    def _take(self, rows: list[tuple[Sequence, int, Neighbours | None]], logits: Array, outcome: Outcome) -> None:
+    def _take(self, rows: list[Drawn], logits: Array, outcome: Outcome) -> None:
         """Draws tokens: of each one PARTIAL to the asker, one row back to the leader, and the end where it is due.
 
         Where that raises, rows go one by one: the one that cannot be sampled fails, and no other.
@@ -301,24 +324,36 @@ class Last:
             outcome.returns.append(Return(*sequence.key, -1, True))
 
 
-def _drawn(rows: list[tuple[Sequence, int, Neighbours | None]], logits: Array) -> list[dict[str, Any]]:
+def _group(part: str, retrieval: Retrieval) -> tuple[Any, ...]:
+    """What rows that ask together have in common."""
+    index = retrieval.index
+    if part == "knn":
+        return part, index, retrieval.k, retrieval.nprobe, retrieval.passages
+    return part, index, retrieval.order, retrieval.staleness
+
+
+def _full(query: Asked) -> bool:
+    return isinstance(query, Query) and query.passages and (len(query.keys) + 1) * query.k > PASSAGES
+
+
+def _drawn(rows: list[Drawn], logits: Array) -> list[dict[str, Any]]:
     """What each row's PARTIAL says: its token, and what was asked for beside it."""
     sequences = [sequence for sequence, _, _ in rows]
     tokens, log_p = sample_rows(
         logits,
         [sequence.sampling for sequence in sequences],
-        [position for _, position, _ in rows],
+        [sequence.told(position) for sequence, position, _ in rows],
         [sequence.history for sequence in sequences],
     )
     bodies: list[dict[str, Any]] = []
     for place, (sequence, position, found) in enumerate(rows):
-        body: dict[str, Any] = {"token": tokens[place], "position": position}
+        body: dict[str, Any] = {"token": tokens[place], "position": sequence.told(position)}
         if log_p[place] is not None:
             body["logprob"] = log_p[place]
         if top := sequence.sampling.top_logprobs:
             ids, values = top_log_probs(logits[place : place + 1], top)
             body["top_logprobs"] = list(zip(ids[0].tolist(), values[0].tolist(), strict=True))
-        if found is not None and found.passages:
-            body["passages"] = found.passages
+        if passages := [passage for part in found for passage in part.passages]:
+            body["passages"] = passages
         bodies.append(body)
     return bodies

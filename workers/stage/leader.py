@@ -1,11 +1,11 @@
 """The schedule of a pipeline, held by its first stage: which rows go into which STEP, and who waits for whom.
 
-Pure bookkeeping: knows no tensor, no socket, no time.
+Pure bookkeeping: knows no tensor and no socket; time is what it is told.
 """
 
 from bisect import insort
 from collections.abc import Iterable
-from math import inf
+from math import ceil, inf
 
 from ...schema.errors import Refused
 from ...schema.message import Active, Return, Row, Start
@@ -14,6 +14,7 @@ from .batch import SCORED, Batch, Key, Phase, Sequence, blocks_for
 from .memory import Memory
 
 CHUNK = 256  # tokens of prompts in one micro-batch
+REMEMBERED = 64  # rounds after which what was measured counts half
 PARAMETERS = 256 << 10  # bytes of parameters of new sequences in one micro-batch, but for a single one
 
 Flight = list[tuple[Sequence, int, int]]  # a micro-batch under way: its sequences, from and up to where of each
@@ -24,8 +25,10 @@ class Leader:
 
     Continuous batching over stages: each micro-batch takes about (sequences / stages) next tokens, so that every stage
     has one, and beside them a chunk of prompts, so that a long prompt delays nobody by more than a chunk (chunked
-    prefill: Agrawal et al. 2024, "Sarathi-Serve"). Where KV blocks run out the least urgent sequence gives its own
-    back and is computed anew later; nothing is refused or lost.
+    prefill: Agrawal et al. 2024, "Sarathi-Serve"). Sequences that wait for neighbours are in no stage: the share of
+    their time that they do is left out of that number, so that while one group retrieves, others keep every stage busy.
+    Where KV blocks run out the least urgent sequence gives its own back and is computed anew later; nothing is refused
+    or lost.
 
     Args:
         stages: of the pipeline.
@@ -55,6 +58,10 @@ class Leader:
         self._number = 0
         self._count = 0
         self._stamp = 0
+        self._away = 0.0  # seconds that sequences waited for neighbours, of so many in all; and up to when
+        self._whole = 0.0
+        self._measured = (0.0, 0, 0)  # with how many of them do since then, of how many
+        self._rounds = 0
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -129,8 +136,12 @@ class Leader:
             return self._batch(flight, over)
         return Batch(0, [], [], over, [], []) if over else None
 
-    def returned(self, number: int, returns: Iterable[Return]) -> None:
-        """The last stage is done with rows; `number` > 0 says that a micro-batch has left the pipeline."""
+    def returned(self, number: int, returns: Iterable[Return], now: float = 0.0) -> None:
+        """The last stage is done with rows; `number` > 0 says that a micro-batch has left the pipeline.
+
+        Args:
+            now: seconds, from any beginning.
+        """
         flight = self._flights.pop(number, [])
         self._chunks.discard(number)
         for sequence, _, _ in flight:
@@ -157,6 +168,7 @@ class Leader:
         for sequence in (*ended, *[sequence for sequence, _, _ in flight]):
             if sequence.over and not sequence.flying:
                 self._end(sequence)
+        self._measure(now)
 
     def abandon(self) -> None:
         """The pipeline is over: every sequence ends."""
@@ -173,7 +185,7 @@ class Leader:
         """
         self._admit()
         decoding = sum(sequence.phase in _DECODING for sequence in self._sequences.values())
-        wanted = min(self._max_rows, max(1, -(-decoding // self._stages)))
+        wanted = min(self._max_rows, self._group(decoding))
         prompts = bool(self._prefill) and (not decoding or len(self._chunks) < self._stages)
         if not prompts and len(self._ready) < wanted and self.flying >= self._stages:
             return []
@@ -188,6 +200,25 @@ class Leader:
         if prompts:
             flight += self._prompts(len(flight))
         return flight
+
+    def _group(self, decoding: int) -> int:
+        """Next tokens of one micro-batch, of so many sequences: those that are in no stage are left out."""
+        if not self._away or self._rounds < REMEMBERED:
+            return max(1, -(-decoding // self._stages))
+        share = decoding * (1.0 - self._away / self._whole) / self._stages
+        return 1 if share < 1.5 else ceil(share)
+
+    def _measure(self, now: float) -> None:
+        """Which share of their time sequences wait for neighbours, of late."""
+        since, away, whole = self._measured
+        self._away += away * (now - since)
+        self._whole += whole * (now - since)
+        self._rounds += 1
+        if not self._rounds % REMEMBERED:
+            self._away, self._whole = self._away / 2, self._whole / 2
+        decoding = [sequence for sequence in self._sequences.values() if sequence.phase in _DECODING]
+        parked = sum(sequence.phase is Phase.AWAITED and not sequence.flying for sequence in decoding)
+        self._measured = now, parked, len(decoding)
 
     def _prompts(self, rows: int) -> Flight:
         """A chunk beside so many next tokens."""

@@ -1,14 +1,15 @@
-"""What the last stage asks an index, and what it hears. Knows the fields of `search:<index>`, no socket."""
+"""What the last stage asks an index, what it hears, how it mixes. Knows the fields of `search:<index>`, no socket."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from ...schema.errors import WorkerFailed
 from ...schema.tensor import Tensor
-from ..engine.mixing import knn_distribution, mix
+from ..engine.mixing import knn_distribution
 from ..hooks import LogitsHook, Tokens, Values
 from ..params import Retrieval
 from .batch import Key
@@ -18,25 +19,42 @@ FOLLOWING = 8  # tokens behind each neighbour
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(slots=True)
-class Query:
-    """One REQUEST for the rows of a micro-batch that ask the same index with the same parameters.
+class Found(Protocol):
+    """What one row hears of one part of its policy.
 
     Attributes:
+        passages: for the reader.
+    """
+
+    part: ClassVar[str]
+
+    @property
+    def passages(self) -> list[dict[str, Any]]: ...
+
+    def p(self, vocab: int, retrieval: Retrieval, metric: str) -> Values | None:
+        """Its p of the next token, [vocab]; None where nothing was found. ValueError for a token of no vocabulary."""
+
+    def weight(self, retrieval: Retrieval) -> float:
+        """Its share of the mixture."""
+
+
+@dataclass(slots=True)
+class Asked:
+    """One REQUEST for rows of a micro-batch that ask the same index with the same parameters.
+
+    Attributes:
+        spread: each shard of the index knows a part of the answer, not all of it.
         keys, positions: for each row, its sequence and the absolute position that it samples.
-        vectors: float32 [rows, d].
         until: the latest deadline of the rows (time.monotonic()). With the earliest, a row whose time is up would take
             the others with it; it ends by itself.
     """
 
+    part: ClassVar[str] = ""
+    spread: ClassVar[bool] = True
     index: str
-    k: int
-    nprobe: int | None
-    passages: bool
-    keys: list[Key] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    vectors: Array = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    until: float = float("inf")
+    keys: list[Key] = field(default_factory=list, kw_only=True)
+    positions: list[int] = field(default_factory=list, kw_only=True)
+    until: float = field(default=float("inf"), kw_only=True)
 
     def seconds(self) -> float:
         """What is left until then, at most the time that any request has."""
@@ -45,8 +63,50 @@ class Query:
     @property
     def body(self) -> dict[str, Any]:
         """The fields of the REQUEST."""
+        raise NotImplementedError
+
+    @property
+    def tensors(self) -> list[Any]:
+        """Its tensors."""
+        raise NotImplementedError
+
+    def answers(self, body: dict[str, Any], tensors: tuple[Tensor, ...]) -> Sequence[Found]:
+        """The reply, a row each.
+
+        Raises:
+            WorkerFailed: it does not fit.
+        """
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class Query(Asked):
+    """A search for neighbours; `vectors` are float32 [rows, d]."""
+
+    part: ClassVar[str] = "knn"
+    k: int
+    nprobe: int | None
+    passages: bool
+    vectors: Array = field(default_factory=lambda: np.empty((0, 0), np.float32), kw_only=True)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The fields of the REQUEST."""
         body: dict[str, Any] = {"k": self.k, "following": True, "payloads": self.passages}
         return body if self.nprobe is None else {**body, "nprobe": self.nprobe}
+
+    @property
+    def tensors(self) -> list[Any]:
+        """Its tensors."""
+        return [self.vectors]
+
+    def answers(self, body: dict[str, Any], tensors: tuple[Tensor, ...]) -> "list[Neighbours]":
+        """The reply, a row each.
+
+        Raises:
+            WorkerFailed: it does not fit.
+        """
+        return neighbours_of(self, body, tensors)
 
 
 @dataclass(slots=True)
@@ -56,24 +116,46 @@ class Neighbours:
     `passages` (where asked for) are the index's payloads, each with the `id` and the `distance` of its neighbour.
     """
 
+    part: ClassVar[str] = "knn"
     distances: Array
     following: Array
     passages: list[dict[str, Any]]
 
+    def p(self, vocab: int, retrieval: Retrieval, metric: str) -> Values | None:
+        """kNN-LM's p [vocab]; None without a neighbour. ValueError for a token of no vocabulary."""
+        distances = self.distances if metric == "l2" else -self.distances
+        behind = self.following[:, retrieval.staleness]
+        ids, probs = knn_distribution(distances, behind, vocab, retrieval.knn_temperature)
+        if not len(ids):
+            return None
+        p: Values = np.zeros(vocab)
+        p[ids] = probs
+        return p
+
+    def weight(self, retrieval: Retrieval) -> float:
+        """Its share of the mixture."""
+        return retrieval.knn_lambda
+
 
 class Mixing(LogitsHook):
-    """kNN-LM's p = lambda p_knn + (1 - lambda) p_lm, as the logits hook that a row with neighbours goes through."""
+    """p = sum of each part's weight x p, and the rest of the weight x p_lm: the hook of a row that has retrieved.
+
+    With neighbours alone that is kNN-LM. A part that found nothing leaves its weight to the model.
+    """
 
     on = "probabilities"
 
     def __call__(self, tokens: Tokens, values: Values, params: dict[str, Any]) -> Values:
-        """`params`: retrieval (Retrieval), metric, and found (Neighbours). ValueError for tokens of no vocabulary."""
+        """`params`: retrieval (Retrieval), metric, and found (of each part). ValueError for tokens of no vocabulary."""
         retrieval: Retrieval = params["retrieval"]
-        found: Neighbours = params["found"]
-        distances = found.distances if params["metric"] == "l2" else -found.distances
-        behind = found.following[:, retrieval.staleness]
-        ids, probs = knn_distribution(distances, behind, len(values), retrieval.knn_temperature)
-        return mix(values, ids, probs, retrieval.knn_lambda)
+        parts = [(part.weight(retrieval), part.p(len(values), retrieval, params["metric"])) for part in params["found"]]
+        shares = [(weight, p) for weight, p in parts if weight and p is not None]
+        if not shares:
+            return values
+        mixed: Values = (1.0 - sum(weight for weight, _ in shares)) * values
+        for weight, p in shares:
+            mixed += weight * p
+        return mixed
 
 
 def neighbours_of(query: Query, body: dict[str, Any], tensors: tuple[Tensor, ...]) -> list[Neighbours]:

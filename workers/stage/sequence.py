@@ -12,7 +12,7 @@ from ..engine.logits import History
 from ..engine.sample import SamplingParams
 from ..params import Task
 from .batch import Key
-from .neighbours import Neighbours
+from .neighbours import Found
 
 Array = np.ndarray[Any, Any]
 
@@ -45,7 +45,7 @@ class Sequence:
         made: tokens sampled in this attempt.
         asked: highest position whose query was sent, so that a sequence that is computed again asks once.
         scored, parts: positions that a score has sent, in so many PARTIALs.
-        answers: neighbours by the position of their query.
+        answers: what was found, by the position of its query and the part of the policy that asked.
         parked: logits [vocab] of the row that waits, and its position.
     """
 
@@ -62,13 +62,17 @@ class Sequence:
     asked: int = -1
     scored: int = 0
     parts: int = 0
-    answers: dict[int, Neighbours] = field(default_factory=dict)
+    answers: dict[tuple[int, str], Found] = field(default_factory=dict)
     parked: tuple[Array, int] | None = None
 
     @property
     def total(self) -> int:
         """Tokens known so far: the position of the next one."""
         return len(self.prompt) + self.made
+
+    def told(self, position: int) -> int:
+        """A position as the asker counts, who knows nothing of passages before the prompt."""
+        return position - self.task.context
 
     def ends(self, row: Row) -> bool:
         """Whether with this row all tokens known so far are computed, so that the next one can be sampled."""
@@ -81,6 +85,16 @@ class Sequence:
             return -1
         asked = position - retrieval.staleness
         return asked if asked >= self.start and not (asked - self.start) % retrieval.interval else -1
+
+    def found(self, position: int) -> tuple[Found, ...] | None:
+        """What is to be mixed in at `position`, taken; empty where nothing is, None while some of it is on the way."""
+        asked = self.due(position)
+        if asked < 0 or self.task.retrieve is None:
+            return ()
+        keys = [(asked, part) for part in self.task.retrieve.parts]
+        if not all(key in self.answers for key in keys):
+            return None
+        return tuple(self.answers.pop(key) for key in keys)
 
     def asks(self, row: Row) -> list[int]:
         """Positions of the queries that this row sends: those due, without any whose answer could never be used.

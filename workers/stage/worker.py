@@ -299,20 +299,19 @@ class Stage(Worker):
         losses = 0
         while True:
             try:
-                return await self.host.client.search_reply(
-                    query.index,
-                    query.body,
-                    query.tensors,
-                    deadline=query.seconds(),
-                    wait_service=query.seconds(),
-                    retries=3,
-                    priority=6,
-                )
+                return await self._asked(query)
             except WorkerLost:
                 losses += 1
                 if losses >= LOSSES:
                     raise
                 log.warning("search:%s lost its server: it is asked again", query.index)
+
+    async def _asked(self, query: Asked) -> Reply:
+        client, left = self.host.client, query.seconds()
+        how: dict[str, Any] = {"deadline": left, "wait_service": left, "retries": 3, "priority": 6}
+        if query.spread:
+            return await client.search_reply(query.index, query.body, query.tensors, **how)
+        return await client.request(f"search:{query.index}", query.body, tensors=query.tensors, **how)
 
     async def _search(self, query: Asked) -> None:
         """Asks an index for parked rows; the answer re-enters by the compute thread's queue."""
