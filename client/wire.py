@@ -19,6 +19,7 @@ from .names import Names
 
 BATCH: Final = 64  # messages a pass, so that timers and other tasks get their turn
 BROKEN: Final = 3  # handshakes that break off one after another, before that means something
+MET: Final = -(1 << 62)  # failures of one that was heard: what breaks off is a broker that ends, or begins
 RETRY: Final = 0.1  # seconds
 AGAIN: Final = 1.0  # seconds after a refused key
 WATCHED: Final = int(
@@ -65,6 +66,9 @@ class Wire:
         self._cut = cut
         self._refused = refused
         self._failures = 0
+        self._met = (
+            False  # a connection before this one: what breaks off now is a broker that ends or begins
+        )
         self._why = _REASONS if key is not None else _NO_KEY
         self._waiting: deque[list[Any]] = deque()
         self._pumping = False
@@ -145,7 +149,7 @@ class Wire:
                     frame = receive(zmq.NOBLOCK, copy=False)
                     if len(frames) <= MAX_FRAMES:  # one more than allowed shows that there were too many
                         frames.append(frame.buffer)
-                self._failures = 0
+                self._failures = MET
                 self._take(frames)
                 if self._socket.closed:
                     return
@@ -174,7 +178,7 @@ class Wire:
                 event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
                 if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                     self._names.stop()
-                    self._failures = 0
+                    self._failures = min(0, self._failures)
                     continue
                 self._names.start()
                 cut = cut or event["event"] == zmq.EVENT_DISCONNECTED
