@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from broker_driver import Broker, codes, only, shown
 from ralmq.broker.limits import RECORD
+from ralmq.schema.codec import decode
 from ralmq.schema.message import Beat, Bye, Cancel, Final, Gone
 
 
@@ -201,6 +202,20 @@ def test_a_request_that_its_worker_does_not_list_is_lost() -> None:
     assert broker.end("w", "a", attempt=0) == [], "the late answer changes nothing"
     sent = broker.say("once", Beat(2, 0, heard=1))
     assert shown(sent) == [("once", "Gone", "c", 0), ("client", "Error", "c", 0)] and codes(sent) == ["worker_lost"]
+
+
+def test_what_a_worker_has_heard_before_a_request_says_nothing_of_it() -> None:
+    broker = Broker()
+    broker.hello("client")
+    broker.hello("w", "echo")
+    for _ in range(3):
+        broker.tick(1.0)
+    broker.ask("client", "echo", "a")
+    assert broker.say("w", Beat(1, 0, heard=3)) == [] and broker.open() == 1
+    (greeting,) = broker.core.greet(b"w")
+    assert decode(greeting[1])[1].progress == 3, "also what only asks whether it is there says how many came before"
+    broker.tick(1.0)
+    assert shown(broker.say("w", Beat(2, 0, heard=4)))[0] == ("w", "Gone", "a", 0)
 
 
 def test_a_cancelled_request_that_a_beat_does_not_list_gives_its_credit_back() -> None:

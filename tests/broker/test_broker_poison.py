@@ -2,6 +2,7 @@
 
 import pytest
 from broker_driver import Broker, codes, ident, only, shown
+from ralmq.broker.quarantine import SHOWN
 from ralmq.schema.codec import decode
 from ralmq.schema.errors import Poisoned
 from ralmq.schema.message import Bye, Cancel, Error, Final, Partial, Request
@@ -146,9 +147,10 @@ def test_what_a_worker_calls_poison_is_listed_without_contents(broker: Broker) -
     broker.hello("g", "generate:m", capacity=2)
     for name, code in (("a", "poisoned"), ("b", "worker_failed")):
         broker.ask("client", "generate:m", name)
-        broker.say("g", Error(code, "its stages were lost"), name)
+        broker.say("g", Error(code, "its stages were lost" * 100), name)
     (entry,) = listed(broker)
     assert entry["id"] == ident("a").hex() and entry["kept"] is False and entry["bytes"] == 0
+    assert len(str(entry["why"])) == SHOWN
     refusal = only(retry(broker, entry["id"], "r"))  # type: ignore[arg-type]
     assert refusal.message.code == "refused" and "not kept" in refusal.message.message
     assert len(listed(broker)) == 1

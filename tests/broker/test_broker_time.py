@@ -35,6 +35,24 @@ def test_a_deadline_ends_a_request_that_waits(broker: Broker) -> None:
     assert "no worker of echo was free in time" in error.message.message
 
 
+def test_a_deadline_says_what_was_waited_for() -> None:
+    """A free worker, some worker at all, or the layers that nobody has."""
+    broker = Broker()
+    broker.hello("client")
+    broker.stage("s0", 0, 2)
+    broker.ask("client", "lm:m", "a", deadline=1.0)
+    broker.ask("client", "echo", "b", attempt=1, deadline=1.0)
+    first, second = sorted((out.message.message for _, out in broker.wait(1.1)), key=len)
+    assert first == "no worker of echo was free in time: raise the deadline, or start more workers"
+    assert second.startswith("no pipeline of lm:m is formed; missing layers: 2-3 of 4:"), second
+    broker.stage("s1", 2, 4, capacity=1)
+    for n in range(5):
+        broker.ask("client", "lm:m", f"r{n}", deadline=1.0)
+    texts = [out.message.message for _, out in broker.wait(1.1) if out.to == "client"]
+    assert sum(text.startswith("worker s0 of lm:m did not end in time") for text in texts) == 4
+    assert sum(text.startswith("no worker of lm:m was free in time") for text in texts) == 1
+
+
 def test_each_deadline_has_its_own_moment(broker: Broker) -> None:
     broker.hello("w", "echo", capacity=9)
     for n in range(5):

@@ -185,7 +185,11 @@ async def complete(made: World, wait: Wait) -> None:
 
 
 def descriptors(made: World) -> dict[int, int]:
-    return {child.pid: len(os.listdir(f"/proc/{child.pid}/fd")) for child in made.cluster.children.values()}
+    found: dict[int, int] = {}
+    for child in made.cluster.children.values():
+        with contextlib.suppress(FileNotFoundError):  # it has ended, which `missing` tells
+            found[child.pid] = len(os.listdir(f"/proc/{child.pid}/fd"))
+    return found
 
 
 async def chaos(options: argparse.Namespace, console: Console) -> bool:

@@ -111,7 +111,11 @@ def test_a_field_out_of_range_is_refused_by_name(sample: Any, field: str) -> Non
         (checks.identifier, [bytes(16)], [bytes(15), bytes(17), "0" * 16, bytearray(16), None]),
         (checks.maybe(checks.flag), [None, True], [0, "x"]),
         (checks.mapping, [{}, {"a": [1]}], [{1: 2}, {"a": 1, b"b": 2}, [], None]),
-        (checks.facts, [{}, {"a": "b", "c": None, "d": True, "e": 0.5}], [{1: 2}, {"a": 1, "b": [1]}, {"a": {}}, [], None]),
+        (
+            checks.facts,
+            [{}, {"a": "b", "c": None, "d": True, "e": 0.5}],
+            [{1: 2}, {"a": 1, "b": [1]}, {"a": {}}, [], None],
+        ),
         (checks.facts, [{"a": 1}], [{"a": b"x"}, {"a": bytearray(1)}, {"a": ()}]),
     ],
 )

@@ -9,6 +9,8 @@ from ralmq.broker.records import Peer, Record, State
 from ralmq.broker.requests import serves
 from ralmq.schema.message import Span
 
+QUEUED, RUNNING = State.QUEUED, State.RUNNING
+
 
 class Broken(AssertionError):
     """An invariant does not hold."""
@@ -41,6 +43,30 @@ def invariants(core: Core) -> None:
     _tables(core)
     _queues(core)
     _pipelines(core.pipelines)
+
+
+def touched(core: Core, key: bytes, identity: bytes) -> None:
+    """Checks the peer that a message came from, and the request that it is about: the cheap part, for each step.
+
+    Raises:
+        Broken: which rule does not hold.
+    """
+    peer = core.roster.peers.get(key)
+    if peer is not None:
+        count = len(peer.serving) + len(peer.ending)
+        if peer.load != count or count > peer.hello.capacity or peer.alone > (count == 1):
+            holds(False, "its load is not the number of requests that spend its credit, or too much", peer)
+    record = core.requests.open.get(identity)
+    if record is not None:
+        worker = record.worker
+        if record.state is QUEUED:
+            right = worker is None
+        else:
+            right = worker is not None and worker.serving.get(identity) is record and record.state is RUNNING
+        if not right or record.asker.asked.get(identity) is not record:
+            holds(False, "is not where its state says", record)
+    if core.requests.queued_bytes < 0:
+        holds(False, "bytes in the queues are counted wrong", peer)
 
 
 def quiescent(core: Core) -> None:
