@@ -34,9 +34,25 @@ class Names:
     expert: str = ""  # an expert's prefix; its matrices are called as follows
     expert_up: tuple[str, ...] = ()
     expert_down: str = ""
+    everywhere: tuple[str, ...] = ()  # tensors that every span needs
 
 
 HEAD = "lm_head.weight"
+_T5 = Names(
+    prefixes=("",),
+    embedding="shared.weight",
+    positions=None,
+    final_norm="decoder.final_layer_norm",
+    layer="decoder.block.{}.",
+    attention_norm="layer.0.layer_norm",
+    qkv=("layer.0.SelfAttention.q", "layer.0.SelfAttention.k", "layer.0.SelfAttention.v"),
+    out="layer.0.SelfAttention.o",
+    mlp_norm="layer.2.layer_norm",
+    up=("layer.2.DenseReluDense.wi",),
+    down="layer.2.DenseReluDense.wo",
+    gated=False,
+    everywhere=("decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
+)
 _LLAMA = Names(
     prefixes=("model.", ""),
     embedding="embed_tokens.weight",
@@ -103,6 +119,8 @@ NAMES = {
         expert_up=("gate_proj", "up_proj"),
         expert_down="down_proj",
     ),
+    "t5": _T5,
+    "t5_gated": replace(_T5, up=("layer.2.DenseReluDense.wi_0", "layer.2.DenseReluDense.wi_1"), gated=True),
 }
 
 

@@ -73,6 +73,11 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
 
+    @property
+    def crossed(self) -> bool:
+        """It reads an encoder's states."""
+        return False
+
     def window(self, layer: int) -> int:
         """How many tokens a token of this layer sees, itself included; 0 for all."""
         return self.windows[layer] if self.windows else 0

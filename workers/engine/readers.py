@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from .fields import Fields
 from .model import Experts, ModelConfig
 from .rope import read_ropes
+from .t5 import MODEL_TYPES, read_t5
 
 Reader = Callable[[Fields, tuple[int, ...], int | None], ModelConfig]
 
@@ -231,4 +232,9 @@ def _experts(fields: Fields, layers: int) -> Experts | None:
     )
 
 
-READERS: dict[str, Reader] = {"gpt2": _gpt2, "opt": _opt, **dict.fromkeys(KINDS, _rotary)}
+READERS: dict[str, Reader] = {
+    "gpt2": _gpt2,
+    "opt": _opt,
+    **dict.fromkeys(KINDS, _rotary),
+    **dict.fromkeys(MODEL_TYPES, read_t5),
+}

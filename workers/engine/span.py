@@ -97,7 +97,14 @@ class Span:
             raise ValueError("deterministic is of our own layers, and this model runs on transformers'; leave it out")
         if config.family == ADAPTER:
             return cls._adapted(Path(path), config, first, last, kind, place, blocks, progress)
-        loader = Loader(Checkpoint(path), config, kind, place, int8=dtype == "int8", packed=packed)
+        reads: type[Loader] = Loader
+        if config.crossed and deterministic:
+            raise ValueError("deterministic is of decoder-only models, and this is an encoder-decoder; leave it out")
+        if config.crossed:
+            from .t5_span import T5Loader, T5Span
+
+            cls, reads = T5Span, T5Loader
+        loader = reads(Checkpoint(path), config, kind, place, int8=dtype == "int8", packed=packed)
         total = last - first + (first == 0) + (last == config.layers)
         tell = progress or (lambda done, total: None)
         tell(0, total)
@@ -107,7 +114,7 @@ class Span:
             tell(len(layers), total)
         cache = KVCache(last - first, blocks, config.kv_heads, config.head_dim, kind, place)
         longest = min(config.context, blocks * BLOCK)
-        rope = rope_table(config, longest, kind, place) if loader.names.positions is None else None
+        rope = rope_table(config, longest, kind, place) if config.ropes else None
         span = cls(config, first, layers, cache, rope, dtype=kind, device=place)
         for done, _ in enumerate(span._read_ends(loader), len(layers) + 1):
             tell(done, total)
@@ -199,7 +206,7 @@ class Span:
             self.computed += self.last - self.first
             return (hidden, entered) if ffn_input else hidden
         if not self._call:
-            step = plan(rows, self.config, self._rope, self.dtype, self.device)
+            step = self._plan(rows)
             hidden, entered = self._layers(x, step)
             return (hidden, entered) if ffn_input else hidden
         made: list[tuple[Tensor, Tensor]] = []
@@ -209,6 +216,9 @@ class Span:
             made.append((hidden[:count], entered[:count]))
         both = [torch.cat(parts) for parts in zip(*made, strict=True)]
         return (both[0], both[1]) if ffn_input else both[0]
+
+    def _plan(self, rows: Sequence[Row]) -> Step:
+        return plan(rows, self.config, self._rope, self.dtype, self.device)
 
     def _layers(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """What leaves the last layer, and what entered its MLP."""

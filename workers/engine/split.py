@@ -46,6 +46,8 @@ def span_tensors(checkpoint: Checkpoint, config: ModelConfig, first: int, last: 
         starts += [prefix + names.embedding] + ([prefix + names.positions] if names.positions else [])
     if last == config.layers:
         starts += [f"{prefix}{names.final_norm}.", prefix + names.embedding if config.tied else HEAD]
+        starts += [HEAD] if config.crossed else []  # where there is one, it is used whatever the config says
+    starts += names.everywhere
     return [name for name in checkpoint.names() if name.startswith(tuple(starts))]
 
 
