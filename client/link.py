@@ -94,6 +94,7 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._ready = self._loop.create_future()
         self._leaving, self._left = False, None
+        self._patient = wait == float("inf")
         key = key_for(self.url, self._keys, works=self._works)
         self._wire = Wire(self.url, self._received, self._lost, self._context, key, self._no_entry)
         try:
@@ -272,10 +273,15 @@ class Link:
     def _works(self) -> bool:
         return bool(self.hello.services) or self.hello.span is not None
 
-    def _no_entry(self, reason: str) -> None:
-        if reason != self._reason:  # once, however often it is tried
-            self._reason = reason
+    def _no_entry(self, reason: str, certain: bool) -> None:
+        """Who waits for a broker as long as it takes is not turned away by what may be a broker that is not up yet."""
+        if reason == self._reason:  # once, however often it is tried
+            return
+        self._reason = reason
+        if certain or not self._patient:
             self._refused(Refused(f"the broker at {self.url} {reason}"))
+        else:
+            log.warning("%s goes on trying: the broker at %s %s", self.hello.name, self.url, reason)
 
     def _depart(self) -> None:
         if self._left is not None and not self._left.done():

@@ -46,7 +46,8 @@ class Wire:
         cut: called when the connection has ended; what was on its way is lost. inproc does not tell.
         context: shared with the broker for inproc; else the process has one.
         key: what this side proves itself with, and the broker's public key; None where none is asked for.
-        refused: called with the reason when the broker, or this side, does not accept the other's key.
+        refused: called with the reason when the broker, or this side, does not accept the other's key, and whether that
+            is certain: handshakes that only break off may be those of a broker behind a proxy that is not up yet.
 
     Raises:
         Refused: the url is no address.
@@ -59,16 +60,14 @@ class Wire:
         cut: Callable[[], None],
         context: zmq.Context[Any] | None,
         key: PeerKey | None = None,
-        refused: Callable[[str], None] = lambda reason: None,
+        refused: Callable[[str, bool], None] = lambda reason, certain: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._take = take
         self._cut = cut
         self._refused = refused
         self._failures = 0
-        self._met = (
-            False  # a connection before this one: what breaks off now is a broker that ends or begins
-        )
+        self._met = False  # a connection before this one: what breaks off now is a broker that ends or begins
         self._why = _REASONS if key is not None else _NO_KEY
         self._waiting: deque[list[Any]] = deque()
         self._pumping = False
@@ -197,7 +196,7 @@ class Wire:
                     return
             else:  # libzmq itself gives up
                 self._timer = self._loop.call_later(AGAIN, self._connect_again)
-            self._refused(self._why[failure])
+            self._refused(self._why[failure], failure != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
 
     def _connect_again(self) -> None:
         if not self._socket.closed:

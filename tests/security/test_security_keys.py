@@ -1,5 +1,6 @@
 """Wrong, missing and revoked keys, with real sockets: nothing is delivered, and it is counted. Roles and owners."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -18,7 +19,8 @@ from ralmq.schema.codec import encode
 from ralmq.schema.message import Hello, Request
 from ralmq.workers.echo import Echo
 from ralmq.workers.host import Host
-from serving import until
+from relay import Relay
+from serving import free_url, until
 
 
 @asynccontextmanager
@@ -243,3 +245,18 @@ async def test_ids_and_nonces_belong_to_their_owner(keys: Path, tmp_path: Path) 
             other.send_multipart(encode(Request("echo"), id=ended, attempt=9, epoch=server.core.epoch))
             await until(lambda: counts(server)["malformed"] == before + 2, "the refusal of the id")
         assert (await client.request("echo", {"n": 2})).body == {"n": 2}
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+async def test_who_waits_for_a_broker_waits_also_behind_a_proxy_that_closes(keys: Path, keyed: bool) -> None:
+    """Handshakes break off there until the broker is up, as they do at a broker that takes other keys."""
+    url = free_url()
+    async with Relay(url) as relay:
+        host = Host(Echo(), relay.url, keys=keys / "worker.key" if keyed else "")
+        opening = asyncio.create_task(host.open(wait=float("inf")))
+        await until(lambda: relay.connections > 8 or opening.done(), "some attempts")
+        assert not opening.done()
+        async with Server(url, limits=PACE, keys=keys if keyed else None) as server:
+            await opening
+            assert [peer.name for peer in server.core.roster.peers.values()] == [host.link.hello.name]
+            await host.close()

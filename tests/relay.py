@@ -51,7 +51,11 @@ class Relay:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         with contextlib.suppress(OSError, asyncio.CancelledError):
-            there, back = await asyncio.open_connection(*self._target)
+            try:
+                there, back = await asyncio.open_connection(*self._target)
+            except OSError:  # nobody is there: as a proxy does, it took the connection, and closes it
+                writer.transport.abort()
+                raise
             self._writers |= {writer, back}
             ways = [asyncio.ensure_future(way) for way in (self._pass(reader, back), self._pass(there, writer))]
             self._tasks |= set(ways)
