@@ -6,6 +6,7 @@ from itertools import pairwise
 from .records import Peer, Pipeline
 
 Group = tuple[str, str, int]  # model, fingerprint, layers
+PIPELINE = b"pipeline"  # every id of one begins so, and no id of a request
 
 
 class Pipelines:
@@ -54,7 +55,7 @@ class Pipelines:
         formed: list[Pipeline] = []
         while chain := self._chain(group):
             self._count += 1
-            identity = struct.pack("<8sII", b"pipeline", self._epoch, self._count)
+            identity = struct.pack("<8sII", PIPELINE, self._epoch, self._count)
             pipeline = Pipeline(identity, group[0], chain)
             pipeline.after = {a.key: b.key for a, b in pairwise(chain)}
             for stage in chain:

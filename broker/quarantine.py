@@ -37,13 +37,13 @@ class Quarantine:
 
     def add(self, now: float, record: Record, why: str, frames: Frames) -> None:
         """Lists a request; `frames` as it was sent."""
-        self._drop(record.id)
+        self.drop(record.id)
         self._entries[record.id] = Entry(
             record.id, record.service.name, record.asker.name, now, why[:SHOWN], _copied(frames)
         )
         self.bytes += sum(map(len, frames))
         while len(self._entries) > self._limits.quarantine:
-            self._drop(next(iter(self._entries)))
+            self.drop(next(iter(self._entries)))
         while self.bytes > self._limits.quarantine_bytes:
             entry = next(entry for entry in self._entries.values() if entry.frames)
             self.bytes -= sum(map(len, entry.frames))
@@ -64,8 +64,8 @@ class Quarantine:
             for entry in self._entries.values()
         ]
 
-    def take(self, text: Any, prefix: Prefix) -> Frames:
-        """Takes an entry out, by its id in hex or the beginning of it; its frames are stamped with another prefix.
+    def find(self, text: Any, prefix: Prefix) -> tuple[bytes, Frames]:
+        """The id of an entry, by its hex or the beginning of that, and its frames, stamped with another prefix.
 
         Raises:
             Refused: none, or several; or its contents were not kept.
@@ -78,12 +78,12 @@ class Quarantine:
         entry = found[0]
         if not entry.frames:
             raise Refused(f"the contents of {entry.id.hex()} were not kept: ask anew instead")
-        self._drop(entry.id)
         flags = entry.frames[0][2]
         head = prefix._replace(flags=flags).pack() + entry.frames[0][PREFIX.size :]
-        return [head, *entry.frames[1:]]
+        return entry.id, [head, *entry.frames[1:]]
 
-    def _drop(self, identity: bytes) -> None:
+    def drop(self, identity: bytes) -> None:
+        """Takes an entry out, if there is one."""
         entry = self._entries.pop(identity, None)
         if entry is not None:
             self.bytes -= sum(map(len, entry.frames))

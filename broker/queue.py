@@ -25,6 +25,11 @@ class FairQueue:
         self._last: dict[Flow, float] = {}  # tag of the youngest request, where it is not behind the clock
         self._clock = 0.0  # tag of the request that left last
         self._order = 0
+        self._of: dict[bytes, int] = {}
+
+    def of(self, asker: bytes) -> int:
+        """How many of an asker wait."""
+        return self._of.get(asker, 0)
 
     def push(self, record: Record) -> None:
         """Adds a request."""
@@ -33,6 +38,7 @@ class FairQueue:
         self._order += 1
         heappush(self._heap, (tag, self._order, record))
         self._waiting[record.id] = record
+        self._of[record.asker.key] = self._of.get(record.asker.key, 0) + 1
         self.count += 1
 
     def pop(self) -> Record:
@@ -50,6 +56,10 @@ class FairQueue:
         """Takes a given request out, which must be in the queue."""
         del self._waiting[record.id]
         self.count -= 1
+        asker = record.asker.key
+        self._of[asker] -= 1
+        if not self._of[asker]:
+            del self._of[asker]
         if not self.count:
             self._heap.clear()
             self._last.clear()

@@ -77,7 +77,8 @@ class Record:
     another worker raises `leg` alone, and answers of an older leg are fenced off. No leg of an id comes twice.
     `losses` counts the workers that were lost with it in hand: from the first on it is a suspect. `size` is what its
     asker is charged with, `until` the credit that CREDIT raised (0 where none came), `given` how many BEATs the
-    broker had sent when it gave the request to its worker, `wait` the end of waiting for a missing service.
+    broker had sent when it gave the request to its worker, `clean` that no worker can have begun with it, `wait` the
+    end of waiting for a missing service.
     """
 
     id: bytes
@@ -94,6 +95,7 @@ class Record:
     losses: int = 0
     until: int = 0
     given: int = 0
+    clean: bool = True
     wait: float = 0.0
     worker: Peer | None = None
     parent: Record | None = None

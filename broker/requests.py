@@ -13,13 +13,14 @@ from ..schema.limits import MAX_ACTIVE, MAX_ATTEMPT
 from ..schema.message import Active, Credit, Error, Final, Gone, Kind, Release
 from .causes import ORPHAN, busy, nobody, too_late
 from .limits import RECORD, Limits
-from .pipelines import Pipelines
+from .pipelines import PIPELINE, Pipelines
 from .records import Frames, Peer, Record, Sent
 from .routes import Route, Routes
 from .services import Service
 from .transitions import ENDED, NEVER, QUEUED, Transitions
 
 ANY = 0x7FFF_FFFF  # credit without bound
+SHARE = 15  # an asker may have so many requests in a queue for each place that is left for others
 Builtin = Callable[[float, Peer, Prefix, dict[str, Any]], dict[str, Any] | None]  # None: it is answered later
 
 
@@ -41,14 +42,17 @@ class Requests(Transitions):
     ) -> None:
         """REQUEST: dispatched at once where a worker has credit, else queued, else refused."""
         known = self.open.get(prefix.id)
+        clean = False
         if known is not None:
             if known.asker is not asker:
                 return self._refuse(asker, prefix, Malformed(_TAKEN))
             if prefix.attempt <= known.attempt:
                 self.counts["duplicates"] += 1
                 return None
-            losses = known.losses
+            losses, clean = known.losses, known.clean and known.state is QUEUED
             self._abandon(now, known)
+        elif prefix.id[:8] in _RESERVED:
+            return self._refuse(asker, prefix, Malformed(_TAKEN))
         leg = prefix.attempt
         ended = self._ended[0].get(prefix.id, -1)
         if ended < 0:
@@ -73,6 +77,8 @@ class Requests(Transitions):
         size = RECORD + (len(frames[0]) if len(frames) == 1 else sum(map(len, frames)))
         record = Record(prefix.id, asker, service, prefix.attempt, deadline, route.priority, frames, now, size)
         record.leg, record.wait = leg, now + route.wait_ms / 1000  # also where it waits later: its worker may be lost
+        if prefix.attempt:
+            record.clean = clean
         worker = None
         if not (losses or service.queue.count or asker.held + size > self._room):
             worker = service.choose()
@@ -103,10 +109,13 @@ class Requests(Transitions):
         Raises:
             Refused: there is none of that id, or its contents were not kept.
         """
-        frames = self.quarantine.take(identity, prefix)
-        self.counts["retried"] += 1
+        entry, frames = self.quarantine.find(identity, prefix)
         route = self._routes.read(frames[0])
         self.accept(now, asker, prefix, frames, route._replace(parent=None), 1)
+        if prefix.id not in self.open:
+            return  # it was refused, and stays in the list
+        self.counts["retried"] += 1
+        self.quarantine.drop(entry)
         self.credit(asker, prefix, ANY)
 
     def cancel(self, now: float, asker: Peer, prefix: Prefix) -> None:
@@ -288,7 +297,10 @@ class Requests(Transitions):
         full = service.queue.count >= limits.queue and not record.attempt
         if full or self.queued_bytes + record.size > limits.queue_bytes:
             return busy(service, now, f"{service.waiting} requests wait for {service.name}")
-        if not record.attempt and not service.in_time(now, record):
+        own = service.queue.of(asker.key)
+        if own > SHARE * (limits.queue - service.queue.count) and limits.queue > SHARE and not record.attempt:
+            return busy(service, now, f"{own} requests of {asker.name} wait for {service.name}; the rest is for others")
+        if record.parent is None and not record.attempt and not service.in_time(now, record):
             return busy(service, now, f"{service.waiting} requests wait for {service.name}, too many for its deadline")
         record.wait = max(record.wait, until)
         self._enqueue(now, record)
@@ -339,6 +351,7 @@ class Requests(Transitions):
         self._tell(asker, Error(error.code, error.message[:2000], after), prefix.id, prefix.attempt)
 
 
+_RESERVED = {bytes(8), PIPELINE}  # ids that begin so stand for no request
 _TAKEN = "the id of this request is in use: draw another"
 
 

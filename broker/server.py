@@ -185,6 +185,8 @@ class Server:
         A routing id that the ROUTER drew belongs to one connection, and a connection to one key, until it ends; the
         descriptor is forgotten then, so that whoever comes next under this id is asked anew.
         """
+        self._deliver(sent)  # what was decided before leaves before what may follow from a loss
+        sent.clear()
         self._disconnected()  # what became of the descriptor before, and that it was opened
         descriptor = _descriptor(frame)
         if self._guard is not None:
@@ -229,7 +231,10 @@ class Server:
             self._loop.call_soon(self._pump)
 
     def _deliver(self, sent: list[Sent]) -> None:
-        """Sends; peers that turn out to be dead are told to the core afterwards, and what follows is sent as well."""
+        """Sends; peers that turn out to be dead are told to the core afterwards, and what follows is sent as well.
+
+        What the core decided earlier must have been through here before: a loss must not overtake a REQUEST or a FORM.
+        """
         while sent:
             lost: list[tuple[bytes, str]] = []
             for key, frames in sent:
@@ -276,11 +281,10 @@ class Server:
         self._timer = self._loop.call_later(TICK if busy else IDLE, self._tick)
         now = self._clock()
         sent = self.core.tick(now)
+        self._deliver(sent)
         if now >= self._look_at:
             self._look_at = now + LOOK
             self._look()
-        if sent:
-            self._deliver(sent)
         if self._outbox:
             self._retry()
         if sent or self._outbox:

@@ -136,7 +136,7 @@ class Transitions:
 
     def _dispatch(self, now: float, record: Record, worker: Peer) -> None:
         record.state = RUNNING
-        if (record.attempt or record.losses) and not worker.hello.idempotent:
+        if (record.losses or not record.clean) and not worker.hello.idempotent:
             return self.fail(now, record, unrepeatable(record))
         record.worker, record.given = worker, self.beats
         if record.losses:

@@ -14,7 +14,16 @@ import numpy as np
 import torch
 
 from ...client.results import Reply
-from ...schema.errors import Malformed, RalmqError, Refused, WorkerFailed, WorkerLost
+from ...schema.errors import (
+    Busy,
+    DeadlineExceeded,
+    Malformed,
+    NoService,
+    RalmqError,
+    Refused,
+    WorkerFailed,
+    WorkerLost,
+)
 from ...schema.frame import RETURN, Prefix
 from ...schema.limits import LOSSES, MAX_ROWS, NO_ID
 from ...schema.message import Beat, Error, Form, Gone, Return, Span, Step
@@ -23,7 +32,8 @@ from ..hooks import check_hooks, load_hooks
 from ..params import Task
 from .batch import Batch, Key, Sequence
 from .clock import Stopwatch
-from .last import Outcome
+from .cross import before, cross_tensors, remember, states_of
+from .last import Outcome, Sent
 from .leader import CHUNK, Leader
 from .neighbours import Asked
 from .prompts import Indexes, own_tokens, prompt_of
@@ -32,6 +42,7 @@ from .weights import Loaded, load, place_of
 
 log = logging.getLogger("ralmq.stage")
 MOST = 64 << 10  # bytes of a request's options
+AGAIN = 0.1  # seconds, at least, until an index that is away is asked again
 
 
 class Stage(Worker):
@@ -88,6 +99,7 @@ class Stage(Worker):
         self._load = partial(load, self._place, device, dtype, kv_mib, max_rows, packed, deterministic)
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (threads,))
         self._waiting = 0  # calls handed to the compute thread and not back yet
+        self._reset: Future[None] | None = None  # the compute thread is done with what it had in hand before
         self._pipeline = NO_ID
         self._stages = 0
         self._leader: Leader | None = None
@@ -120,7 +132,10 @@ class Stage(Worker):
         assert self._loaded is not None
         leader = self._leader
         task = Task.of(request.body)
+        states = states_of(request, task, self._loaded)
         ids = prompt_of(request, task, self._loaded)
+        if states is not None:
+            task, ids = before(task, ids, states, self._loaded)
         check_hooks(task.hooks, self._hooks)
         # Packed, so that no structure within it counts against the bounds of the STEP that it shares with others.
         packed: bytes = msgpack.packb(task.model_dump(exclude_defaults=True))
@@ -144,6 +159,8 @@ class Stage(Worker):
         until, over = (lambda: request.until), (lambda: _resolve(ended))
         sequence = Sequence(*key, ids, params, need, until, over, request.priority)
         sequence.own, sequence.size = own_tokens(task, len(ids)), len(packed)
+        if states is not None:
+            remember(sequence, states)
         leader.add(sequence)
         request.granted = partial(self._granted, leader, key)
         self._drive()
@@ -176,6 +193,18 @@ class Stage(Worker):
     def forgotten(self) -> None:
         self._over()
 
+    async def ready(self) -> None:
+        """Waits for the compute thread: as long as it hangs, each pipeline that this stage is part of would hang, too.
+
+        Raises:
+            WorkerFailed: no progress for another stall limit.
+        """
+        while self._reset is not None and not self._reset.done():
+            before = self._runner.progress
+            await asyncio.wait([asyncio.wrap_future(self._reset)], timeout=self.stall_limit)
+            if not self._reset.done() and self._runner.progress == before:
+                raise WorkerFailed(f"its computation hangs ({self.stall_limit:g} s without progress): look at its device")
+
     def beat(self, beat: Beat) -> Beat:
         """Progress is layers computed, since one STEP may hold a long prompt; work in hand is what the thread has."""
         runner = self._runner
@@ -203,7 +232,7 @@ class Stage(Worker):
         if leader is not None:
             leader.abandon()
         if self._loaded is not None:
-            self._compute.submit(self._runner.reset)
+            self._reset = self._compute.submit(self._runner.reset)
 
     # -- the schedule and the computation
 
@@ -257,15 +286,21 @@ class Stage(Worker):
     def _publish(self, number: int, outcome: Outcome) -> None:
         """What follows from a computation: queries to indexes, rows to the leader, parts and ends to the askers.
 
-        The rows first: the pipeline waits for them. A part that cannot travel ends its sequence.
+        The rows early: the pipeline waits for them. Before them the ends of sequences, since a leader that has its row
+        back lists the sequence no more, and the broker would miss it. A part that cannot travel ends its sequence.
         """
         for query in outcome.queries:
             self._searches.add(task := self._loop.create_task(self._search(query)))
             task.add_done_callback(self._searches.discard)
+        ended = {(row.id, row.attempt) for row in outcome.returns if row.done}
+        self._answer([sent for sent in outcome.sent if sent[1] in ended] if ended else [])
         if number or outcome.returns:
             self._give_back(number, tuple(outcome.returns))
+        self._answer([sent for sent in outcome.sent if sent[1] not in ended] if ended else outcome.sent)
+
+    def _answer(self, messages: list[Sent]) -> None:
         broken: set[Key] = set()
-        for message, key, sequence in outcome.sent:
+        for message, key, sequence in messages:
             try:
                 if key not in broken:
                     self.host.link.send(message, id=key[0], attempt=key[1], sequence=sequence)
@@ -291,20 +326,23 @@ class Stage(Worker):
             self._drive()
 
     async def _found(self, query: Asked) -> Reply:
-        """The index's answer. It was there when the sequences began: where it is lost, its return is waited for.
+        """The index's answer. It was there when the sequences began: where it is away, its return is waited for.
 
         Raises:
             WorkerLost: its server was lost each time that it was asked.
+            DeadlineExceeded, NoService, Busy: so it was until the last of the rows had no time left, or had ended.
         """
-        losses = 0
+        losses, last = 0, self._runner.last
+        assert last is not None
         while True:
             try:
                 return await self._asked(query)
-            except WorkerLost:
-                losses += 1
-                if losses >= LOSSES:
+            except (WorkerLost, DeadlineExceeded, NoService, Busy) as error:
+                losses += isinstance(error, WorkerLost)
+                if losses >= LOSSES or query.left <= 0 or not last.knows(query.keys):
                     raise
-                log.warning("search:%s lost its server: it is asked again", query.index)
+                log.warning("search:%s is asked again: %s", query.index, error.message)
+                await asyncio.sleep(min(max(error.retry_after, AGAIN), max(0.0, query.left)))
 
     async def _asked(self, query: Asked) -> Reply:
         client, left = self.host.client, query.seconds()
@@ -333,6 +371,8 @@ def _step_of(batch: Batch) -> Step:
     tensors = [np.asarray(batch.ids, np.int64)] if batch.rows else []
     if batch.starts:
         tensors.append(np.asarray(batch.prompts, np.int32))
+    if batch.cross:
+        tensors += cross_tensors(batch)
     return Step(tuple(batch.rows), tuple(batch.starts), (), tuple(batch.ended), batch.number, tensors)
 
 
