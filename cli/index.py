@@ -107,7 +107,7 @@ def _vectors(name: str, source: Path, out: Path, fields: Path | None, encoder: s
 
 def _texts(name: str, sources: list[Path], out: Path) -> None:
     from ..workers.datastore.sources import read_documents
-    from ..workers.index.text_files import build_text
+    from ..workers.texts.files import build_text
 
     with _bars() as shown:
         reading = read_documents(sources)

@@ -39,7 +39,7 @@ def create(
     shards: Annotated[int, typer.Option("--shards", min=1, max=1024, help="Spread over so many servers.")] = 1,
 ) -> None:
     """Make an empty index that can be added to, deleted from and searched at once."""
-    from ..workers.index.opening import create_live
+    from ..workers.live.opening import create_live
 
     place = out.expanduser()
     create_live(place, name=name, dimension=dim, metric=metric, factory=factory, encoder=encoder, shards=shards)

@@ -16,7 +16,6 @@ from . import changes
 from .fanout import Fanout, Layout
 from .generation import Generation, generation_request
 from .link import Link
-from .losses import names_of
 from .pending import WINDOW, Pending
 from .results import Array, Hits, Reply
 from .search import encoder_of, hits_of, is_text, rows_of, search_body, vectors_of
@@ -183,8 +182,8 @@ class Client:
             **options: max_tokens, min_tokens, temperature (0 = greedy), top_k, top_p, min_p, repetition_penalty,
                 presence_penalty, frequency_penalty, logit_bias, seed, n, stop, stop_ids, ignore_eos, logprobs,
                 top_logprobs, echo, hooks; for retrieval: retrieve (name of the index), policy, interval, staleness, k,
-                nprobe, knn_lambda, knn_temperature, ngram_lambda, order, stride, template, query_tokens, passages. See
-                generation.DEFAULTS, docs/sampling.md and docs/retrieval-policies.md.
+                nprobe, knn_lambda, knn_temperature, ngram_lambda, order, stride, template, query_tokens, chunks,
+                passages. See generation.DEFAULTS, docs/sampling.md and docs/retrieval-policies.md.
 
         Raises:
             TypeError: an option that does not exist.
@@ -205,10 +204,10 @@ class Client:
                 priority=priority,
             )
 
-        async def alive() -> set[str]:
-            return names_of(await self.status(deadline=max(0.001, end - loop.time())))
+        async def status() -> dict[str, Any]:
+            return await self.status(deadline=max(0.001, end - loop.time()))
 
-        return Generation(ask, alive, body.get("n", 1))
+        return Generation(ask, status, body.get("n", 1))
 
     async def search(
         self,

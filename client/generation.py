@@ -38,7 +38,7 @@ DEFAULTS: Final[dict[str, Any]] = {
     "echo": False,  # the prompt's tokens first
     "hooks": {},  # parameters of each logits hook of the stages that is to be used
     "retrieve": None,  # name of an index
-    "policy": "knn",  # or "ngram", "knn+ngram", "context": see docs/retrieval-policies.md
+    "policy": "knn",  # or "ngram", "knn+ngram", "context", "encdec": see docs/retrieval-policies.md
     "interval": 1,  # a retrieval each so many tokens
     "staleness": 0,  # use the answer to the query of so many positions ago
     "k": 8,
@@ -50,6 +50,7 @@ DEFAULTS: Final[dict[str, Any]] = {
     "stride": 16,  # new tokens after which passages before the prompt are retrieved anew
     "template": None,  # a text with {passages} and, behind it, {prompt}
     "query_tokens": 32,  # the last ones, which passages are retrieved for
+    "chunks": None,  # texts, or lists of token ids, that an encoder-decoder is to read instead of retrieving some
     "passages": False,  # give what was retrieved along with the tokens
 }
 
@@ -95,7 +96,7 @@ class Generation:
 
     Args:
         ask: sends the request with these fields added to its body.
-        alive: names of the workers that the broker knows.
+        status: asks for what `ralmq status` shows.
         n: texts that are asked for.
 
     Attributes (after the end):
@@ -105,14 +106,14 @@ class Generation:
     """
 
     def __init__(
-        self, ask: Callable[[dict[str, Any]], Stream], alive: Callable[[], Awaitable[set[str]]], n: int = 1
+        self, ask: Callable[[dict[str, Any]], Stream], status: Callable[[], Awaitable[dict[str, Any]]], n: int = 1
     ) -> None:
         self._ask = ask
         self._stream = ask({})
         self._made: list[list[int]] = [[] for _ in range(n)]
         self._ended = [""] * n
         self._seen = [-1] * n  # highest position of each text, those of an echoed prompt included
-        self._losses = Losses(alive)
+        self._losses = Losses(status)
         self._tail = False
         self.finish_reason = ""
         self.finish_reasons: dict[int, str] = {}

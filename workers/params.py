@@ -33,7 +33,7 @@ class Checked(BaseModel):
             raise Refused(said if own else f"{place}: {said}") from None
 
 
-Policy = Literal["knn", "ngram", "knn+ngram", "context"]
+Policy = Literal["knn", "ngram", "knn+ngram", "context", "encdec"]
 ORDER = 8  # tokens of an n-gram at most
 
 

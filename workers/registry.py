@@ -15,9 +15,10 @@ GROUP: Final = "ralmq.workers"
 BUILT_IN: Final = {
     "echo": "ralmq.workers.echo:Echo",
     "stage": "ralmq.workers.stage.worker:Stage",
-    "index": "ralmq.workers.index.worker:Index",
+    "index": "ralmq.workers.search.worker:Index",
     "generator": "ralmq.workers.generator.worker:Generator",
     "encoder": "ralmq.workers.encoder.worker:Encoder",
+    "t5-encoder": "ralmq.workers.encoder.states:StateEncoder",
     "ralm-gateway": "ralmq.workers.gateway:RalmGateway",
 }
 

@@ -15,9 +15,9 @@ import ralmq
 from checks import Line, counted, size
 from ralmq.client.client import Client
 from ralmq.workers.index.manifest import ManifestError
-from ralmq.workers.index.opening import create_live, open_live
-from ralmq.workers.index.snapshot import found
 from ralmq.workers.index.store import open_index
+from ralmq.workers.live.opening import create_live, open_live
+from ralmq.workers.live.snapshot import found
 from serving import broker, free_url, until, worker
 
 D = 64

@@ -11,7 +11,7 @@ from typing import Any
 import ralmq
 from ralmq.schema.message import Partial
 from ralmq.workers.base import Answer, Request
-from ralmq.workers.index.worker import Index
+from ralmq.workers.search.worker import Index
 from sleepy_stage import Sleepy
 
 FIRST = 1 << 21  # numbers that are added up to see how long that takes

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from ralmq.workers.base import Answer, Request
-from ralmq.workers.index.worker import Index
+from ralmq.workers.search.worker import Index
 
 
 class Recording(Index):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ralmq.workers.base import Answer, Request
-from ralmq.workers.index.worker import Index
+from ralmq.workers.search.worker import Index
 from ralmq.workers.stage.worker import Stage
 
 

@@ -9,8 +9,8 @@ import pytest
 from gateway.ralm import NLIST, NPROBE, VECTORS, B, Caller, D, K, queries, request, request_with_lists
 from inprocess import cluster
 from ralmq.workers.gateway import RalmGateway
-from ralmq.workers.index.worker import Index
 from ralmq.workers.index.writer import write_vectors
+from ralmq.workers.search.worker import Index
 from serving import until
 
 

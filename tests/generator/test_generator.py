@@ -15,9 +15,9 @@ from ralmq.workers.datastore.sources import Document
 from ralmq.workers.generator.worker import Generator
 from ralmq.workers.index.query import Params
 from ralmq.workers.index.store import open_index
-from ralmq.workers.index.worker import Index
 from ralmq.workers.options import build
 from ralmq.workers.registry import find
+from ralmq.workers.search.worker import Index
 from serving import until
 from stage.pipelines import MODEL, Cluster, cluster, lm, scored, stages
 from tokenizers import Tokenizer

@@ -16,9 +16,9 @@ from ralmq.workers.datastore.sources import Document
 from ralmq.workers.generator.context import TEMPLATE, Context, Strides, text_of
 from ralmq.workers.generator.options import Options
 from ralmq.workers.generator.worker import Generator
-from ralmq.workers.index.text_files import build_text
-from ralmq.workers.index.worker import Index
+from ralmq.workers.search.worker import Index
 from ralmq.workers.stage.worker import Stage
+from ralmq.workers.texts.files import build_text
 from stage.pipelines import MODEL, Cluster, cluster, lm, stages
 from tokenizers import Tokenizer
 
@@ -282,7 +282,7 @@ def test_texts_of_payloads() -> None:
     ("options", "said"),
     [
         ({"policy": "context"}, "policy=context without retrieve: name the index"),
-        ({"policy": "magic", "retrieve": "i"}, "policy: Input should be 'knn', 'ngram', 'knn.ngram' or 'context'"),
+        ({"policy": "magic", "retrieve": "i"}, "policy: Input should be 'knn', 'ngram', 'knn.ngram', 'context' or 'encdec'"),
         ({"retrieve": "i", "stride": 4}, "stride belongs to policy context, not to knn: leave it out"),
         ({"retrieve": "i", "policy": "context", "interval": 4}, "interval belongs to policy knn or ngram or knn.ngram"),
         ({"retrieve": "i", "policy": "ngram", "knn_lambda": 0.5}, "knn_lambda belongs to policy knn or knn.ngram"),

@@ -13,7 +13,7 @@ from ralmq.workers.base import Worker
 from ralmq.workers.datastore.build import build_datastore
 from ralmq.workers.datastore.sources import Document
 from ralmq.workers.generator.worker import Generator
-from ralmq.workers.index.worker import Index
+from ralmq.workers.search.worker import Index
 from ralmq.workers.stage.worker import Stage
 from serving import until
 from stage.pipelines import MODEL, Cluster, cluster, stages

@@ -6,8 +6,8 @@ from typing import Any, Self
 import numpy as np
 from ralmq.client.results import Reply
 from ralmq.schema.tensor import tensor_of
-from ralmq.workers.index.answer import answer
 from ralmq.workers.index.store import OpenIndex
+from ralmq.workers.search.answer import answer
 
 Spoil = Callable[[Reply], Reply | None]
 

@@ -9,8 +9,8 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from ralmq.workers.index import merging, segments
-from ralmq.workers.index.opening import open_live
+from ralmq.workers.live import merging, segments
+from ralmq.workers.live.opening import open_live
 
 D = 16
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import faiss
 import numpy as np
-from ralmq.workers.index import merging, segments
-from ralmq.workers.index.live import LiveIndex
-from ralmq.workers.index.opening import create_live, open_live
+from ralmq.workers.live import merging, segments
+from ralmq.workers.live.live import LiveIndex
+from ralmq.workers.live.opening import create_live, open_live
 
 D = 16
 METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT, "cosine": faiss.METRIC_INNER_PRODUCT}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from ralmq.schema.codec import decode, encode
 from ralmq.schema.message import Final
-from ralmq.workers.index.answer import MAX_PAYLOADS, answer
 from ralmq.workers.index.datastore import NAME_BYTES, TEXT_BYTES
 from ralmq.workers.index.query import BadQuery, Params
 from ralmq.workers.index.store import OpenIndex, open_index
 from ralmq.workers.index.stream import TokenStream
+from ralmq.workers.search.answer import MAX_PAYLOADS, answer
 from tokenizers import Tokenizer, decoders, models
 
 KEYS = np.eye(4, dtype=np.float32)

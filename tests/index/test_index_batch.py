@@ -10,12 +10,12 @@ import pytest
 from ralmq.schema.errors import Refused
 from ralmq.schema.tensor import tensor_of
 from ralmq.workers.base import Request
-from ralmq.workers.index.answer import Asked, answer, answers
 from ralmq.workers.index.query import Params
 from ralmq.workers.index.segment import Segment
 from ralmq.workers.index.store import OpenIndex, open_index
-from ralmq.workers.index.worker import Index
 from ralmq.workers.index.writer import write_vectors
+from ralmq.workers.search.answer import Asked, answer, answers
+from ralmq.workers.search.worker import Index
 
 RNG = np.random.default_rng(4)
 VECTORS = RNG.normal(size=(2000, 16)).astype(np.float32)

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import ralmq
-from ralmq.workers.index.answer import answer
 from ralmq.workers.index.store import open_index
-from ralmq.workers.index.text_files import is_text
+from ralmq.workers.search.answer import answer
+from ralmq.workers.texts.files import is_text
 
 VECTORS = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ralmq.workers.index.answer import answer
 from ralmq.workers.index.directory import OutputError
 from ralmq.workers.index.fields import MAX_FIELDS, BadFields, dump_fields
 from ralmq.workers.index.filter import BadFilter, parse
@@ -15,6 +14,7 @@ from ralmq.workers.index.query import BadQuery
 from ralmq.workers.index.store import OpenIndex, open_index
 from ralmq.workers.index.vectors import read_fields, read_vectors
 from ralmq.workers.index.writer import write_vectors
+from ralmq.workers.search.answer import answer
 
 N, D = 4000, 8
 RNG = np.random.default_rng(2)

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from live_state import D, Truth, made, small, vectors
 from ralmq.schema.errors import WorkerFailed
-from ralmq.workers.index import live as module
-from ralmq.workers.index import merging, segments
-from ralmq.workers.index.changes import BadChange
 from ralmq.workers.index.filter import BadFilter
-from ralmq.workers.index.live import LiveIndex
-from ralmq.workers.index.opening import open_live
 from ralmq.workers.index.query import BadQuery, Params
-from ralmq.workers.index.segments import Part
+from ralmq.workers.live import live as module
+from ralmq.workers.live import merging, segments
+from ralmq.workers.live.changes import BadChange
+from ralmq.workers.live.live import LiveIndex
+from ralmq.workers.live.opening import open_live
+from ralmq.workers.live.segments import Part
 
 EXACT = {"Flat", "IVF4,Flat", "HNSW16"}
 INT = np.int64

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from live_child import vector
 from live_state import D, made, small, vectors
-from ralmq.workers.index import live
 from ralmq.workers.index.directory import OutputError
-from ralmq.workers.index.log import LIVE, Log, Settings, create
 from ralmq.workers.index.manifest import ManifestError
-from ralmq.workers.index.opening import create_live, is_live, open_live
 from ralmq.workers.index.query import Params
-from ralmq.workers.index.snapshot import found
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.writer import write_vectors
+from ralmq.workers.live import live
+from ralmq.workers.live.log import LIVE, Log, Settings, create
+from ralmq.workers.live.opening import create_live, is_live, open_live
+from ralmq.workers.live.snapshot import found
 
 Build = Callable[..., Path]
 INT = np.int64

@@ -9,10 +9,10 @@ import pytest
 from inprocess import cluster
 from live_state import D, Truth, vectors
 from ralmq.schema.errors import Refused
-from ralmq.workers.index.opening import create_live, open_live
-from ralmq.workers.index.snapshot import found
-from ralmq.workers.index.worker import Index
 from ralmq.workers.index.writer import write_vectors
+from ralmq.workers.live.opening import create_live, open_live
+from ralmq.workers.live.snapshot import found
+from ralmq.workers.search.worker import Index
 
 INT = np.int64
 

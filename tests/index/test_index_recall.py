@@ -8,11 +8,11 @@ import pytest
 from ralmq.schema.message import Beat
 from ralmq.schema.tensor import tensor_of
 from ralmq.workers.base import Request
-from ralmq.workers.index.answer import Asked, answer, answers
-from ralmq.workers.index.recall import WAITING, Recall
 from ralmq.workers.index.store import OpenIndex, open_index
-from ralmq.workers.index.worker import Index
 from ralmq.workers.index.writer import write_vectors
+from ralmq.workers.search.answer import Asked, answer, answers
+from ralmq.workers.search.recall import WAITING, Recall
+from ralmq.workers.search.worker import Index
 
 RNG = np.random.default_rng(6)
 VECTORS = RNG.normal(size=(5000, 12)).astype(np.float32)

@@ -8,12 +8,12 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
-from ralmq.workers.index.answer import Asked, answer, answers
 from ralmq.workers.index.directory import OutputError
 from ralmq.workers.index.quantizer import Quantizer
 from ralmq.workers.index.query import BadQuery
 from ralmq.workers.index.store import OpenIndex, open_index
 from ralmq.workers.index.writer import write_vectors
+from ralmq.workers.search.answer import Asked, answer, answers
 
 N, D, LISTS = 3000, 16, 40
 RNG = np.random.default_rng(11)

@@ -9,10 +9,10 @@ import faiss
 import numpy as np
 import pytest
 from ralmq.schema.errors import Refused
-from ralmq.workers.index.answer import answer
 from ralmq.workers.index.query import MAX_HITS, BadQuery, Params
 from ralmq.workers.index.store import OpenIndex, open_index
 from ralmq.workers.index.stream import TokenStream
+from ralmq.workers.search.answer import answer
 
 Build = Callable[..., Path]
 RNG = np.random.default_rng(7)

@@ -15,10 +15,10 @@ from ralmq.workers.index.directory import OutputError
 from ralmq.workers.index.filter import BadFilter
 from ralmq.workers.index.manifest import ManifestError
 from ralmq.workers.index.query import BadQuery, Params
-from ralmq.workers.index.text import MAX_WORDS, Row, TextIndex, expression, row_of
-from ralmq.workers.index.text_answer import answer_text
-from ralmq.workers.index.text_files import LIVE, build_text
-from ralmq.workers.index.text_passages import passages
+from ralmq.workers.texts.answer import answer_text
+from ralmq.workers.texts.files import LIVE, build_text
+from ralmq.workers.texts.index import MAX_WORDS, Row, TextIndex, expression, row_of
+from ralmq.workers.texts.passages import passages
 
 DRAW = random.Random(11)
 VOCABULARY = [f"word{number}" for number in range(300)]

@@ -13,8 +13,8 @@ from commands import eventually, ralmq, started
 from inprocess import Cluster, cluster
 from ralmq.client.client import connect
 from ralmq.errors import RalmqError, Refused
-from ralmq.workers.index.text_files import build_text
-from ralmq.workers.index.worker import Index
+from ralmq.workers.search.worker import Index
+from ralmq.workers.texts.files import build_text
 from serving import broker, free_url, worker
 
 DOCUMENTS = [

@@ -16,14 +16,14 @@ from ralmq.schema.errors import Refused
 from ralmq.schema.tensor import tensor_of
 from ralmq.workers.base import Request, Worker
 from ralmq.workers.host import Host
-from ralmq.workers.index import worker as module
-from ralmq.workers.index.answer import answers
 from ralmq.workers.index.manifest import ManifestError
 from ralmq.workers.index.query import Params
 from ralmq.workers.index.store import open_index
-from ralmq.workers.index.worker import Index
 from ralmq.workers.options import build as options
 from ralmq.workers.registry import find
+from ralmq.workers.search import worker as module
+from ralmq.workers.search.answer import answers
+from ralmq.workers.search.worker import Index
 
 QUERIES = np.random.default_rng(9).normal(size=(3, 4)).astype(np.float32)
 

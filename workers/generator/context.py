@@ -6,7 +6,7 @@ and reads what was found before what it goes on with.
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from tokenizers import Tokenizer
 
@@ -30,6 +30,7 @@ class Frame:
         last: no other follows.
         start: ids at the prompt's beginning that stay in front of all: special ones, such as the begin of a text.
         passages: those that it holds, where the reader is to see them.
+        states: of an encoder-decoder, float32 [n, d]: what its encoder made of them.
     """
 
     begin: int
@@ -39,6 +40,7 @@ class Frame:
     before: Sequence[int] = ()
     after: Sequence[int] = ()
     passages: list[dict[str, Any]] = field(default_factory=list)
+    states: Any = None
 
     @property
     def size(self) -> int:
@@ -48,6 +50,14 @@ class Frame:
     def around(self, prompt: Sequence[int]) -> list[int]:
         """The prompt in its frame."""
         return [*prompt[: self.start], *self.before, *prompt[self.start :], *self.after]
+
+
+class Framing(Protocol):
+    """What stands around a prompt while a text grows."""
+
+    async def frame(self, made: Sequence[int]) -> Frame:
+        """The frame in which the next token is generated."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

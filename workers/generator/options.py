@@ -11,7 +11,7 @@ from .context import PASSAGES, PROMPT, TEMPLATE
 
 MIXED = ("knn", "ngram", "knn+ngram")
 OF = {  # the policies that these options belong to
-    "interval": MIXED,
+    "interval": (*MIXED, "encdec"),
     "staleness": MIXED,
     "knn_lambda": ("knn", "knn+ngram"),
     "knn_temperature": ("knn", "knn+ngram"),
@@ -19,8 +19,9 @@ OF = {  # the policies that these options belong to
     "order": ("ngram", "knn+ngram"),
     "stride": ("context",),
     "template": ("context",),
-    "query_tokens": ("context",),
+    "query_tokens": ("context", "encdec"),
 }
+OUTSIDE = ("context", "encdec")  # policies that the generator follows; those of others the stages
 
 
 class Options(Neighbours, Sampling):
@@ -31,6 +32,7 @@ class Options(Neighbours, Sampling):
         ended: why each of them ended, as far as they did.
         stride, template, query_tokens: of the policy context: new tokens after which passages are retrieved anew, the
             text that they and the prompt are put in, and how many of the last tokens are the query.
+        chunks: what the encoder of an encoder-decoder is to read, texts or token ids, instead of what is retrieved.
     """
 
     max_tokens: int = Field(default=64, ge=0, le=MAX_TOKENS)
@@ -46,6 +48,7 @@ class Options(Neighbours, Sampling):
     stride: int = Field(default=16, ge=1, le=MAX_TOKENS)
     template: str = Field(default=TEMPLATE, max_length=1 << 16)
     query_tokens: int = Field(default=32, ge=1, le=1024)
+    chunks: tuple[str | tuple[int, ...], ...] | None = Field(default=None, max_length=1024)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -73,7 +76,15 @@ class Options(Neighbours, Sampling):
 
     @model_validator(mode="after")
     def _of_the_policy(self) -> Self:
-        if self.retrieve is None:
+        if self.chunks is not None and (self.retrieve is not None or self.policy != "encdec"):
+            raise ValueError("chunks are what policy=encdec reads without retrieve: give policy=encdec and no index")
+        if self.chunks is not None and (late := self.model_fields_set & {"interval", "k", "nprobe", "query_tokens"}):
+            raise ValueError(f"{min(late)} is of what is retrieved, and chunks are given: leave one of them out")
+        if self.chunks is not None and not all(self.chunks or [""]):
+            raise ValueError("no chunks: give at least one, each a text or a list of token ids that is not empty")
+        if self.retrieve is None and self.chunks is None:
+            if self.policy == "encdec":
+                raise ValueError("no chunks: policy=encdec needs retrieve=INDEX to take them from, or chunks=[...]")
             if "policy" in self.model_fields_set:
                 raise ValueError(f"policy={self.policy} without retrieve: name the index to retrieve from")
             return self
@@ -90,7 +101,7 @@ class Options(Neighbours, Sampling):
             Refused: shares of more than all.
         """
         retrieval: Retrieval | None = None
-        if self.retrieve is not None and self.policy != "context":
+        if self.retrieve is not None and self.policy not in OUTSIDE:
             chosen = self.model_dump(include=set(Neighbours.model_fields))
             retrieval = Retrieval.of({"index": self.retrieve, "policy": self.policy, **chosen})
         seed = random.getrandbits(63) if self.seed is None else self.seed

@@ -8,7 +8,7 @@ from ...client.losses import Losses
 from ...client.stream import Stream
 from ...schema.errors import WorkerLost
 from ..params import Task
-from .context import Context, Frame
+from .context import Frame, Framing
 from .options import wire
 
 
@@ -19,10 +19,11 @@ class Ask(Protocol):
         there: it has answered before, and may be away for a while.
         again: these tokens went to one that was lost.
         context: tokens that its reader does not count.
+        states: what the encoder of an encoder-decoder made, float32 [n, d].
     """
 
     def __call__(
-        self, body: dict[str, Any], ids: Sequence[int], *, there: bool, again: bool, context: int
+        self, body: dict[str, Any], ids: Sequence[int], *, there: bool, again: bool, context: int, states: Any = None
     ) -> Stream: ...
 
 
@@ -38,7 +39,7 @@ class Replay:
         prompt: its ids.
         made: ids that are there already; grows.
         suspects: held by the one suspect that runs.
-        alive: names of the workers that the broker knows.
+        status: asks for what `ralmq status` shows.
         context: what is put around the prompt; each stride of it is a request of its own.
 
     Attributes:
@@ -52,8 +53,8 @@ class Replay:
         prompt: Sequence[int],
         made: list[int],
         suspects: asyncio.Lock,
-        alive: Callable[[], Awaitable[set[str]]],
-        context: Context | None = None,
+        status: Callable[[], Awaitable[dict[str, Any]]],
+        context: Framing | None = None,
     ) -> None:
         self.ended = ""
         self._ask = ask
@@ -62,7 +63,7 @@ class Replay:
         self._made = made
         self._suspects = suspects
         self._alone = False
-        self._losses = Losses(alive)
+        self._losses = Losses(status)
         self._context = context
         self._renewed = False  # the last attempt was a whole stride
 
@@ -99,7 +100,8 @@ class Replay:
             changed["prompt"] = len(prompt)
         body, there = wire(self._task.model_copy(update=changed)), bool(made or self._losses.count)
         again, self._renewed = there and not self._renewed, False
-        async with self._ask(body, [*prompt, *made], there=there, again=again, context=frame.size) as stream:
+        ids, states = [*prompt, *made], frame.states
+        async with self._ask(body, ids, there=there, again=again, context=frame.size, states=states) as stream:
             async for part in stream:
                 missing = part.body["position"] - len(self._prompt) - len(made)
                 if missing < 0:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from ...client.losses import names_of
 from ...client.stream import Stream
 from ...schema.errors import Refused, WorkerFailed
 from ...schema.limits import MAX_TOKEN_ID
@@ -18,7 +17,8 @@ from ...schema.message import Beat
 from ..base import Answer, Request, Worker
 from ..models import resolve
 from ..params import Task
-from .context import Context, Strides
+from .context import Context, Framing, Strides
+from .encdec import INTERVAL, Chunks, Reading, check_policy, encoded, start_of
 from .merge import merged
 from .options import Options, wire
 from .passages import Passages
@@ -42,6 +42,7 @@ class Generator(Worker):
         self.capacity = capacity
         self._model = name or known
         self._path = path / "tokenizer.json"
+        self._start = start_of(path)  # of an encoder-decoder
         self._tokenizer: Tokenizer | None = None
         self._suspects = asyncio.Lock()
         self._length = 0  # tokens that the model reads; 0: not asked yet
@@ -78,6 +79,8 @@ class Generator(Worker):
         Of several texts each part names its `index`, and one without a token ends each of them.
         """
         options = Options.of(request.body)
+        retrieves = options.retrieve is not None or options.chunks is not None
+        check_policy(self._model, self._start is not None, options.policy if retrieves else "")
         ids = self._prompt(options, request)
         tasks = options.tasks()
         seeds = [task.seed for task in tasks]
@@ -126,7 +129,7 @@ class Generator(Worker):
             first = len(made) + (0 if options.echo else len(ids)) if options.n == 1 else None
             ask = partial(self._lm, request=request, first=first)
             context = await self._context(options, ids, request)
-            replay = Replay(ask, task, ids, made, self._suspects, self._workers, context)
+            replay = Replay(ask, task, ids, made, self._suspects, partial(self._status, request), context)
             async with aclosing(replay.parts()) as bodies:
                 async for body in bodies:
                     end["position"] = body["position"]
@@ -168,17 +171,34 @@ class Generator(Worker):
         ]
         return {**body, "top_logprobs": top}
 
-    async def _context(self, options: Options, ids: list[int], request: Request) -> Context | None:
-        """What puts passages before the prompt, where they are asked for."""
+    async def _context(self, options: Options, ids: list[int], request: Request) -> Framing | None:
+        """What puts passages before the prompt, or before an encoder, where they are asked for."""
+        if self._start is not None:
+            return self._chunks(options, ids, self._start, request)
         if options.retrieve is None or options.policy != "context":
             return None
         tokenizer = self._needed("to put passages before the prompt")
         room = await self._room(request)
         tokens, most = options.query_tokens, options.max_tokens
         strides = Strides(options.stride, tokens, options.template, most, room, options.passages)
-        chosen = options.retrieve, options.k, options.nprobe, f"embed:{self._model}"
+        return Context(self._passages(options.retrieve, options, request), strides, tokenizer, ids)
+
+    def _passages(self, index: str, options: Options, request: Request) -> Passages:
+        chosen = index, options.k, options.nprobe, f"embed:{self._model}"
         state, left = partial(self._state, request=request), partial(self._left, request)
-        return Context(Passages(self.host.client, *chosen, state, left, request.wait), strides, tokenizer, ids)
+        return Passages(self.host.client, *chosen, state, left, request.wait)
+
+    def _chunks(self, options: Options, ids: list[int], start: int, request: Request) -> Chunks:
+        """What an encoder-decoder reads beside its own tokens."""
+        interval = options.interval if "interval" in options.model_fields_set else INTERVAL
+        most, shown = options.max_tokens, options.passages
+        reading = Reading(options.chunks, interval, options.query_tokens, most, start, shown)
+        client, left = self.host.client, partial(self._left, request)
+        encode = partial(encoded, client, self._model, left=left, parent=request.id, wait=request.wait)
+        if options.retrieve is None:
+            return Chunks(encode, None, reading, None, ids)
+        tokenizer = self._needed("to retrieve for what was generated")
+        return Chunks(encode, self._passages(options.retrieve, options, request), reading, tokenizer, ids)
 
     async def _room(self, request: Request) -> int:
         """Tokens that the model reads at most, as its stages say."""
@@ -198,6 +218,7 @@ class Generator(Worker):
         again: bool = False,
         first: int | None = None,
         context: int = 0,
+        states: Any = None,
     ) -> Stream:
         """A request to the pipeline on behalf of one that came here.
 
@@ -207,6 +228,7 @@ class Generator(Worker):
             first: ids before the first part of the answer, if each part is one of what the pipeline gives: then the
                 credit of the answer's reader, less what was sent, is that of the pipeline.
             context: so many ids more, which are not the reader's.
+            states: what an encoder-decoder attends to, float32 [n, d].
         """
         left = self._left(request)
         if again:
@@ -218,7 +240,7 @@ class Generator(Worker):
         stream = self.host.client.stream(
             f"lm:{self._model}",
             body,
-            tensors=[np.asarray(ids, np.int32)],
+            tensors=[np.asarray(ids, np.int32)] + ([] if states is None else [states]),
             deadline=left,
             parent=request.id,
             priority=request.priority,
@@ -230,8 +252,8 @@ class Generator(Worker):
             request.granted = stream.granted
         return stream
 
-    async def _workers(self) -> set[str]:
-        return names_of(await self.host.client.status())
+    async def _status(self, request: Request) -> dict[str, Any]:
+        return await self.host.client.status(deadline=self._left(request))
 
     async def _embed(self, request: Request) -> Answer:
         """Texts to vectors [texts, d]: the hidden state of each text's last token at the last layer's FFN input."""
@@ -264,7 +286,8 @@ class Generator(Worker):
             if int(given.min()) < 0 or int(given.max()) > MAX_TOKEN_ID:
                 raise Refused("the prompt has ids that no vocabulary holds: give those of the model's tokenizer")
             return [int(token) for token in given]
-        ids: list[int] = self._needed("for a prompt of text").encode(options.prompt).ids
+        special = self._start is None  # an encoder-decoder's end token belongs behind what its encoder reads
+        ids: list[int] = self._needed("for a prompt of text").encode(options.prompt, add_special_tokens=special).ids
         if not ids:
             raise Refused("the prompt is empty: give at least one token")
         return ids

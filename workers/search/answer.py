@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
+from ..index.query import BadQuery, Found, Params, Searchable, check_lists, check_queries
 from .batch import Search, Seen, search_together
-from .query import BadQuery, Found, Params, Searchable, check_lists, check_queries
 
 MAX_PAYLOADS: Final = 1024  # hits whose payloads travel in one body of 1 MiB: a passage is below 1 KiB
 _FLAGS: Final = ("info", "quantizer", "owners", "assign", "lists", "following", "payloads", "exact")

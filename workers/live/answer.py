@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..base import Answer, Request
+from ..index.query import BadQuery, Source
+from ..index.store import OpenIndex, open_index
 from .changes import BadChange
 from .live import LiveIndex
 from .opening import is_live, open_live
-from .query import BadQuery, Source
-from .store import OpenIndex, open_index
 
 OPEN: Final = "open"
 _KINDS: Final[Mapping[str, tuple[str, ...]]] = {

@@ -18,9 +18,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from ...schema.errors import WorkerFailed
-from .directory import replacing
-from .query import BadQuery, Found, Params
-from .text_files import (
+from ..index.directory import replacing
+from ..index.query import BadQuery, Found, Params
+from .files import (
     BUILT,
     LIVE,
     OWN,

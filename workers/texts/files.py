@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from .directory import OutputError, replacing
-from .manifest import MANIFEST, FileRecord, ManifestError, record_file, valid_name
-from .progress import Progress, silent
-from .text_passages import OVERLAP, WORDS, passages
+from ..index.directory import OutputError, replacing
+from ..index.manifest import MANIFEST, FileRecord, ManifestError, record_file, valid_name
+from ..index.progress import Progress, silent
+from .passages import OVERLAP, WORDS, passages
 
 FORMAT: Final = 1
 BUILT: Final = "text.db"

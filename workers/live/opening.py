@@ -10,16 +10,16 @@ from typing import Final
 
 import faiss
 
+from ..index.directory import OutputError, shard_name
+from ..index.factory import check_factory
+from ..index.manifest import MANIFEST, METRICS, ManifestError, valid_name
+from ..index.quantizer import METRICS as FAISS_METRICS
+from ..texts.files import is_text
 from . import merging, snapshot
 from .base import Base
-from .directory import OutputError, shard_name
-from .factory import check_factory
 from .live import LiveIndex
 from .log import LIVE, Log, Settings, create
-from .manifest import MANIFEST, METRICS, ManifestError, valid_name
-from .quantizer import METRICS as FAISS_METRICS
 from .segments import State, part_of
-from .text_files import is_text
 
 LOCK: Final = "live.lock"
 

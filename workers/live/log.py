@@ -19,8 +19,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .filter import Filter
-from .manifest import ManifestError
+from ..index.filter import Filter
+from ..index.manifest import ManifestError
 
 LIVE: Final = "live.db"
 FORMAT: Final = 1

@@ -10,9 +10,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from .quantizer import METRICS
-from .query import Metric
-from .segment import Segment
+from ..index.quantizer import METRICS
+from ..index.query import Metric
+from ..index.segment import Segment
 from .segments import Part, Vectors, stored
 
 MANY: Final = 8  # small segments, above which they are merged

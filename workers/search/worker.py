@@ -14,17 +14,17 @@ from ...schema.errors import Refused
 from ...schema.message import Beat
 from ..base import Answer, Request, Worker
 from ..batching import Batcher
+from ..index.directory import shard_name
+from ..index.manifest import valid_name
+from ..index.query import Source
+from ..index.store import OpenIndex
+from ..live.answer import OPEN, changed, close_source, is_change, open_source, other_path
+from ..live.live import LiveIndex
+from ..texts.answer import answer_text
+from ..texts.files import is_text
+from ..texts.index import TextIndex
 from .answer import Asked, answers
-from .directory import shard_name
-from .live import LiveIndex
-from .live_answer import OPEN, changed, close_source, is_change, open_source, other_path
-from .manifest import valid_name
-from .query import Source
 from .recall import Recall
-from .store import OpenIndex
-from .text import TextIndex
-from .text_answer import answer_text
-from .text_files import is_text
 
 _SHARD = re.compile(r"(\d{1,4})/(\d{1,4})")
 

@@ -11,14 +11,14 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from ..index.fields import tokens_of
+from ..index.filter import BadFilter, Filter
+from ..index.query import BadQuery, Counted, Found, Params
+from ..index.segment import Allowed, Segment
+from ..index.store import MAX_FIELD_BYTES
 from .base import Base
-from .fields import tokens_of
-from .filter import BadFilter, Filter
 from .log import Log
-from .query import BadQuery, Counted, Found, Params
-from .segment import Allowed, Segment
 from .segments import Ids, State, Vectors
-from .store import MAX_FIELD_BYTES
 
 FILTERS: Final = 16  # whose allowed rows a view keeps
 

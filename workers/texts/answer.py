@@ -9,8 +9,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .query import BadQuery, Params
-from .text import LAST_ID, Row, TextIndex, row_of
+from ..index.query import BadQuery, Params
+from .index import LAST_ID, Row, TextIndex, row_of
 
 MAX_TEXTS: Final = 1024  # queries of one request
 MAX_PASSAGES: Final = 4096  # of one change

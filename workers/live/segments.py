@@ -13,9 +13,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from .quantizer import METRICS
-from .query import Found, Metric, Params
-from .segment import Allowed, Segment
+from ..index.quantizer import METRICS
+from ..index.query import Found, Metric, Params
+from ..index.segment import Allowed, Segment
 
 RECENT: Final = 1024  # rows of the segment that each add writes anew
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...schema.errors import Refused
-from .fields import BadFields, dump_fields
-from .quantizer import normalised
+from ..index.fields import BadFields, dump_fields
+from ..index.quantizer import normalised
 
 MAX_ROWS: Final = 1 << 20  # of one change
 MAX_DEPTH: Final = 8  # of maps whose names a filter can use

@@ -11,13 +11,13 @@ from typing import Any, Final
 import faiss
 import numpy as np
 
-from .directory import replacing
-from .fields import write_fields
+from ..index.directory import replacing
+from ..index.fields import write_fields
+from ..index.manifest import FIELDS, IDS, MANIFEST, SEAL, VECTORS, Manifest, ManifestError, record_file, write_manifest
+from ..index.segment import Segment
+from ..index.store import OpenIndex, open_index
 from .log import Settings
-from .manifest import FIELDS, IDS, MANIFEST, SEAL, VECTORS, Manifest, ManifestError, record_file, write_manifest
-from .segment import Segment
 from .segments import part_of
-from .store import OpenIndex, open_index
 
 FOLDER: Final = "snapshots"
 KEPT: Final = 2  # the newest ones; should one be damaged, the other and the log behind it are enough

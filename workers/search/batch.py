@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .query import MAX_HITS, Found, Params, Searchable
+from ..index.query import MAX_HITS, Found, Params, Searchable
 
 MAX_ROWS: Final = 65_536  # of one call
 

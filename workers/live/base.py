@@ -11,10 +11,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .fields import matching
-from .filter import Filter
-from .manifest import FIELDS, MANIFEST, ManifestError, record_file
-from .store import OpenIndex, open_index
+from ..index.fields import matching
+from ..index.filter import Filter
+from ..index.manifest import FIELDS, MANIFEST, ManifestError, record_file
+from ..index.store import OpenIndex, open_index
 
 SAID: Final = ("kind", "model", "fingerprint", "tokens_per_payload")
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .query import DEFAULT_EF, DEFAULT_NPROBE, Found, Params, Searchable
+from ..index.query import DEFAULT_EF, DEFAULT_NPROBE, Found, Params, Searchable
 
 WINDOW: Final = 512  # samples that the gauge is the mean of
 WAITING: Final = 1024  # samples that wait to be repeated; more are not taken

@@ -1,0 +1,1 @@
+"""Indexes of texts by their words, which SQLite ranks: no model, no faiss."""
