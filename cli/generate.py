@@ -18,6 +18,7 @@ class Policy(enum.StrEnum):
     ngram = "ngram"
     both = "knn+ngram"
     context = "context"
+    encdec = "encdec"
 
 
 RETRIEVAL = (

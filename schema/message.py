@@ -232,7 +232,8 @@ class Step:
     `ended` lists sequences that the last stage is to forget. `batch` numbers the micro-batch; a RETURN that carries
     the number says that it has left the pipeline, one with 0 brings rows that had been parked.
 
-    Tensors on the way there: token ids or hidden states [sum of lengths, d], then int32 prompt ids of `starts`, joined.
+    Tensors on the way there: token ids or hidden states [sum of lengths, d], then int32 prompt ids of `starts`, joined;
+    of an encoder-decoder two more, see docs/encoder-decoder.md.
     """
 
     rows: Annotated[tuple[Row, ...], in_body(list_of(_ROW, MAX_ROWS))] = ()

@@ -102,6 +102,9 @@ class Worker:
     def forgotten(self) -> None:
         """The broker forgot this worker: whatever it had in hand is void."""
 
+    async def ready(self) -> None:
+        """Awaited after that, before the worker is announced again. What it raises ends the worker."""
+
     def beat(self, beat: Beat) -> Beat:
         """The BEAT that is about to be sent, which counts the turns of the event loop as progress."""
         return beat

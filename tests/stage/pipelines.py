@@ -15,7 +15,7 @@ from ralmq.client.client import Client, connect
 from ralmq.client.stream import Stream
 from ralmq.workers.base import Answer, Request, Worker
 from ralmq.workers.host import Host
-from ralmq.workers.index.worker import Index
+from ralmq.workers.search.worker import Index
 from ralmq.workers.stage.worker import Stage
 from serving import until
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from ralmq.client.client import Client
-from ralmq.errors import DeadlineExceeded, NoService, RalmqError, Refused
+from ralmq.errors import Busy, DeadlineExceeded, NoService, RalmqError, Refused
 from ralmq.workers.datastore.build import build_datastore
 from ralmq.workers.datastore.sources import Document
-from ralmq.workers.index.answer import MAX_PAYLOADS
 from ralmq.workers.index.query import Params
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.writer import write_index
+from ralmq.workers.search.answer import MAX_PAYLOADS
+from ralmq.workers.stage import neighbours
 from ralmq.workers.stage.last import PASSAGES
 from ralmq.workers.stage.worker import Stage
 from serving import until
@@ -200,6 +201,46 @@ def test_a_row_whose_time_is_up_leaves_those_that_asked_with_it(checkpoint: Call
         await asyncio.sleep(0.2)  # longer than an error of the index would take
         index.gate.set()
         assert len((await long).tokens) == 9
+
+    with_index(checkpoint(FAMILY), docs, body)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_an_index_that_is_away_for_long_is_asked_again(
+    busy: bool, checkpoint: Callable[[str], Path], docs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For more than the time of any one request; once its rows are over nobody asks any more."""
+    monkeypatch.setattr(neighbours, "ATTEMPT", 0.05)
+
+    async def body(running: Cluster, index: Watched) -> None:
+        last = running.hosts[1].worker
+        assert isinstance(last, Stage)
+        tries = 0
+        asked = last._asked
+
+        async def counted(query: Any) -> Any:
+            nonlocal tries
+            tries += 1
+            if busy and tries < 4:
+                raise Busy("its queue is full")
+            return await asked(query)
+
+        last._asked = counted  # type: ignore[method-assign]
+        if not busy:
+            index.gate.clear()
+        text = asyncio.create_task(generated(running.client, PROMPT, max_tokens=3, retrieve=knn()))
+        await until(lambda: tries == 4)
+        assert not text.done()
+        index.gate.set()
+        assert len((await text).tokens) == 3
+        index.gate.clear()
+        with pytest.raises(DeadlineExceeded):
+            await generated(running.client, PROMPT, max_tokens=3, retrieve=knn(), deadline=0.5)
+        left = lm(running.client, PROMPT, max_tokens=3, ignore_eos=True, retrieve=knn())
+        before = tries
+        await until(lambda: tries > before + 1)
+        await left.aclose()
+        await until(lambda: not last._searches, "the end of its search")
 
     with_index(checkpoint(FAMILY), docs, body)
 

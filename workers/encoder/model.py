@@ -12,6 +12,7 @@ from torch.nn import functional
 from ..engine.blocks import ACTIVATIONS, LayerNorm, Map
 from ..engine.checkpoint import Checkpoint
 from ..engine.fields import Fields, read_json
+from ..engine.t5 import MODEL_TYPES as ENCODER_DECODERS
 
 Pooling = Literal["mean", "cls"]
 SHIFTED: Final = ("roberta", "xlm-roberta", "camembert")  # positions begin behind the padding token's id
@@ -115,6 +116,8 @@ def read_encoder(path: Path) -> EncoderConfig:
     """
     fields = Fields(path / "config.json", read_json(path / "config.json"))
     model_type = fields.members.get("model_type")
+    if model_type in ENCODER_DECODERS:
+        raise fields.fail(f"model_type {model_type!r} gives states, not vectors; start it as `ralmq worker t5-encoder`")
     if model_type not in MODEL_TYPES:
         raise fields.fail(f"model_type {model_type!r} is no encoder served here; use one of {', '.join(MODEL_TYPES)}")
     positions = fields.members.get("position_embedding_type") or "absolute"

@@ -30,6 +30,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 class Span:
     """Layers `first` to `last` - 1; the first span also holds the embedding, the last one final norm and head."""
 
+    crossed = False  # of an encoder-decoder
+    reads: type[Loader] = Loader
+
     def __init__(
         self,
         config: ModelConfig,
@@ -97,14 +100,10 @@ class Span:
             raise ValueError("deterministic is of our own layers, and this model runs on transformers'; leave it out")
         if config.family == ADAPTER:
             return cls._adapted(Path(path), config, first, last, kind, place, blocks, progress)
-        reads: type[Loader] = Loader
-        if config.crossed and deterministic:
-            raise ValueError("deterministic is of decoder-only models, and this is an encoder-decoder; leave it out")
-        if config.crossed:
-            from .t5_span import T5Loader, T5Span
-
-            cls, reads = T5Span, T5Loader
-        loader = reads(Checkpoint(path), config, kind, place, int8=dtype == "int8", packed=packed)
+        if config.crossed is not cls.crossed:
+            said = "an" if config.crossed else "no"
+            raise ValueError(f"{path} is {said} encoder-decoder; T5Span is for those")
+        loader = cls.reads(Checkpoint(path), config, kind, place, int8=dtype == "int8", packed=packed)
         total = last - first + (first == 0) + (last == config.layers)
         tell = progress or (lambda done, total: None)
         tell(0, total)

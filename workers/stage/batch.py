@@ -43,6 +43,7 @@ class Sequence:
         keys: of its full blocks, as far as they were asked for; the first `named` of them are in the cache.
         flying: micro-batches under way that write to its blocks.
         over: it ends once none of them does.
+        cross: so many of its first tokens stand for an encoder's `states` [cross, d], of which `salt` is a digest.
     """
 
     id: bytes
@@ -68,6 +69,9 @@ class Sequence:
     flying: int = 0
     over: bool = False
     started: bool = False
+    cross: int = 0
+    states: Any = None
+    salt: bytes = b""
 
     @property
     def key(self) -> Key:
@@ -92,14 +96,17 @@ class Sequence:
         """Keys of its first full blocks."""
         while len(self.keys) < blocks:
             start = len(self.keys) * BLOCK
-            before = self.keys[-1] if self.keys else b""
+            before = self.keys[-1] if self.keys else self.salt
             self.keys.append(block_key(before, self.tokens[start : start + BLOCK]))
         return self.keys[:blocks]
 
 
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch: number (0: no rows), rows, parameters of new ones, ended sequences, ids of all rows."""
+    """One micro-batch: number (0: no rows), rows, parameters of new ones, ended sequences, ids of all rows.
+
+    Of an encoder-decoder also how many encoder states each row's sequence has, and those that rows hold.
+    """
 
     number: int
     rows: list[Row]
@@ -107,6 +114,8 @@ class Batch:
     ended: list[Active]
     ids: list[int]
     prompts: list[int]
+    cross: list[int] = field(default_factory=list)
+    states: list[Any] = field(default_factory=list)
 
 
 def blocks_for(tokens: int) -> int:

@@ -60,6 +60,10 @@ class Last:
     def __len__(self) -> int:
         return len(self._sequences)
 
+    def knows(self, keys: Iterable[Key]) -> bool:
+        """Whether one of them, at least, goes on; may be asked by any thread."""
+        return any(key in self._sequences for key in keys)
+
     def start(self, key: Key, prompt: Array, params: dict[str, Any]) -> None:
         """The first STEP of a sequence is about to be served."""
         self._sequences[key] = sequence_of(key, prompt, params, self._eos, time.monotonic())

@@ -263,6 +263,10 @@ class Leader:
             blocks = tuple(sequence.blocks[: blocks_for(end)])
             batch.rows.append(Row(sequence.id, sequence.attempt, begin, end - begin, blocks))
             batch.ids += sequence.tokens[begin:end]
+            if sequence.cross:
+                batch.cross.append(sequence.cross)
+                if begin < sequence.cross:
+                    batch.states.append(sequence.states[begin:end])
             if not sequence.started:
                 sequence.started = True
                 batch.starts.append(Start(place, sequence.length, sequence.params))

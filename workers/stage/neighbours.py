@@ -15,6 +15,7 @@ from ..params import Retrieval
 from .batch import Key
 
 FOLLOWING = 8  # tokens behind each neighbour
+ATTEMPT = 30.0  # seconds
 
 Array = np.ndarray[Any, Any]
 
@@ -46,7 +47,7 @@ class Asked:
         spread: each shard of the index knows a part of the answer, not all of it.
         keys, positions: for each row, its sequence and the absolute position that it samples.
         until: the latest deadline of the rows (time.monotonic()). With the earliest, a row whose time is up would take
-            the others with it; it ends by itself.
+            the others with it; it ends by itself. Until then an index that is away is asked again and again.
     """
 
     part: ClassVar[str] = ""
@@ -56,9 +57,14 @@ class Asked:
     positions: list[int] = field(default_factory=list, kw_only=True)
     until: float = field(default=float("inf"), kw_only=True)
 
+    @property
+    def left(self) -> float:
+        """Seconds until then."""
+        return self.until - time.monotonic()
+
     def seconds(self) -> float:
-        """What is left until then, at most the time that any request has."""
-        return min(30.0, max(0.001, self.until - time.monotonic()))
+        """What one attempt may take of it, at most the time that any request has."""
+        return min(ATTEMPT, max(0.001, self.left))
 
     @property
     def body(self) -> dict[str, Any]:

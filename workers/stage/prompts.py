@@ -20,7 +20,7 @@ def prompt_of(request: Request, task: Task, loaded: Loaded) -> list[int]:
         Refused: no prompt, ids outside the vocabulary, or more than the context holds.
     """
     config = loaded.config
-    if len(request.tensors) != 1:
+    if len(request.tensors) != 1 + config.crossed:
         raise Refused(f"{len(request.tensors)} tensors came with the request: send one, the prompt's ids, int32 [n]")
     ids = request.tensors[0].numpy()
     if ids.ndim != 1 or ids.dtype.kind not in "iu":

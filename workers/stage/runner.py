@@ -15,8 +15,10 @@ from ...schema.errors import WorkerFailed
 from ...schema.message import Active, Error, Step
 from ...schema.tensor import Tensor
 from ..engine.span import Row, Span
+from ..engine.t5_span import T5Span
 from ..hooks import Hooks
 from ..tensors import to_torch
+from .cross import cross_rows, onward
 from .last import Last, Outcome
 
 log = logging.getLogger("ralmq.stage")
@@ -34,6 +36,7 @@ class Runner:
         self.steps = 0
         self.seconds = 0.0
         self._span = span
+        self._crossed = isinstance(span, T5Span)
         self._name = name
         self._fingerprint = fingerprint
         self._hooks = hooks
@@ -78,12 +81,17 @@ class Runner:
         return None, outcome
 
     def _computed(self, step: Step) -> tuple[Step | None, Outcome]:
-        rows = [Row(row.position, row.length, list(row.blocks)) for row in step.rows]
+        crossed = self._crossed and bool(step.rows)
+        if crossed:
+            rows = cross_rows(step, self._span.is_first)
+        else:
+            rows = [Row(row.position, row.length, list(row.blocks)) for row in step.rows]
         if self.last is None:
             if not rows:
                 return step, Outcome()
             hidden = self._span.forward(rows, _values(step.tensors[0]))
-            return replace(step, tensors=[hidden, *step.tensors[1:]]), Outcome()
+            rest = onward(step) if crossed else step.tensors[1:]
+            return replace(step, tensors=[hidden, *rest]), Outcome()
         outcome = Outcome()
         self._start(step, self.last)
         if rows:

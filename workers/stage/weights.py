@@ -13,6 +13,7 @@ from ..engine.errors import CheckpointError
 from ..engine.pool import BLOCK
 from ..engine.span import DTYPES, Span
 from ..engine.split import even_cuts
+from ..engine.t5_span import T5Span
 from ..models import resolve
 
 log = logging.getLogger("ralmq.stage")
@@ -85,7 +86,8 @@ def load(
         fingerprint = Checkpoint(place.path).fingerprint()
         options: dict[str, Any] = {"dtype": dtype, "device": device, "blocks": blocks, "packed": packed}
         options["deterministic"] = deterministic
-        span = Span.load(place.path, place.first, place.last, **options, progress=_told)
+        kind = T5Span if config.crossed else Span
+        span = kind.load(place.path, place.first, place.last, **options, progress=_told)
     except (CheckpointError, ValueError) as error:
         raise Refused(str(error)) from None
     except (RuntimeError, AssertionError) as error:  # torch's own word on a device that is not there

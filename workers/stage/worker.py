@@ -203,7 +203,9 @@ class Stage(Worker):
             before = self._runner.progress
             await asyncio.wait([asyncio.wrap_future(self._reset)], timeout=self.stall_limit)
             if not self._reset.done() and self._runner.progress == before:
-                raise WorkerFailed(f"its computation hangs ({self.stall_limit:g} s without progress): look at its device")
+                raise WorkerFailed(
+                    f"the computation of this stage hangs ({self.stall_limit:g} s without progress): see its device"
+                )
 
     def beat(self, beat: Beat) -> Beat:
         """Progress is layers computed, since one STEP may hold a long prompt; work in hand is what the thread has."""
