@@ -44,19 +44,14 @@ class Requests(Transitions):
         known = self.open.get(prefix.id)
         clean = False
         if known is not None:
-            if known.asker is not asker:
-                return self._refuse(asker, prefix, Malformed(_TAKEN))
-            if prefix.attempt <= known.attempt:
-                self.counts["duplicates"] += 1
+            if not self._replaces(asker, prefix, known):
                 return None
             losses, clean = known.losses, known.clean and known.state is QUEUED
             self._abandon(now, known)
         elif prefix.id[:8] in _RESERVED:
             return self._refuse(asker, prefix, Malformed(_TAKEN))
         leg = prefix.attempt
-        ended = self._ended[0].get(prefix.id, -1)
-        if ended < 0:
-            ended = self._ended[1].get(prefix.id, -1)
+        ended = self._ended[0].get(prefix.id, self._ended[1].get(prefix.id, -1))
         if ended >= 0 and (leg := self._following(asker, prefix, ended)) < 0:
             return None
         route = route or self._routes.read(frames[0])
@@ -247,6 +242,16 @@ class Requests(Transitions):
             self._forget(now, service)
 
     # -- inside
+
+    def _replaces(self, asker: Peer, prefix: Prefix, known: Record) -> bool:
+        """Whether this takes the place of an open request: it is the same, sent again."""
+        if known.asker is not asker:
+            self._refuse(asker, prefix, Malformed(_TAKEN))
+        elif prefix.attempt > known.attempt:
+            return True
+        else:
+            self.counts["duplicates"] += 1
+        return False
 
     def _following(self, asker: Peer, prefix: Prefix, ended: int) -> int:
         """The leg of a request whose id is known to have ended; below 0 where it is not taken up again."""
