@@ -58,7 +58,7 @@ def test_add_search_delete_snapshot(tmp_path: Path) -> None:
         ({"delete": True}, [np.array([-1])], "ids leave"),
         ({"delete": True}, [np.array([[1]])], r"ids are int64 \[1, 1\]"),
         ({"open": 5}, [], "directory"),
-        ({"open": "/no/such/directory"}, [], "no such index directory"),
+        ({"open": "/no/such/directory"}, [], "only what lies in"),
         ({"snapshot": True, "name": "x"}, [], "unknown field name"),
         ({"snapshot": True}, [], "holds nothing that could be written"),
     ],

@@ -145,7 +145,9 @@ class Index(Worker):
         assert self._held is not None
         if OPEN not in request.body:
             return await changed(self._held[0], request, whole=request.service == self._services[0])
-        path = other_path(request.body)
+        path, folder = other_path(request.body), self._path.absolute().parent.resolve()
+        if not path.resolve().is_relative_to(folder):  # an asker must not make the server read what it likes
+            raise Refused(f"{path}: only what lies in {folder} may take its place: put it there")
         async with self._swapping:
             opened = await self._opened(self._shard_of(path), False)
             index, recall = self._held
