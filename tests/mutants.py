@@ -181,7 +181,8 @@ def _all(mutants: list[Mutant], origin: Path, options: argparse.Namespace) -> in
         return SHELL.get(mutant.file, RINGS[mutant.file.split("/")[0]])
 
     for ring in sorted({rings(mutant) for mutant in mutants}):
-        if failed := found_by(None, origin, ring, options.seeds):
+        failed = found_by(None, origin, ring, options.seeds)
+        if failed and found_by(None, origin, ring, options.seeds, failed):  # not by chance
             print(f"without any fault {failed} fails: mend that first")
             return 2
     known: dict[str, str] = json.loads(FOUND.read_text()) if FOUND.is_file() and not options.ring else {}

@@ -224,6 +224,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(
         await refused(client, "no chunks: policy=encdec needs retrieve=INDEX")
         await refused(client, "no chunks: give at least one", chunks=[])
         await refused(client, "chunks: .*of 0 to 311", chunks=[[312]])
+        assert f"embed:{MODEL}" not in (await client.status())["services"]
         await refused(client, "interval is of what is retrieved", chunks=["a"], interval=4)
         await refused(client, "give policy=encdec and no index", chunks=["a"], policy="context", retrieve="texts")
         await refused(client, "stride belongs to policy context", retrieve="texts", stride=4)
