@@ -6,7 +6,7 @@ A worker is a link that also serves: it announces an offer and takes the message
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -47,6 +47,7 @@ class Link:
         hello: what this peer announces; its nonce is drawn here.
         take: messages that are no answers (REQUEST, STEP, ...), called within the event loop.
         lost: called when the broker, or the connection to it, is gone: all state shared with it is void.
+        ready: awaited before this peer announces itself again after that; False keeps it away.
         beat: makes the BEAT, once an interval.
         context: a zmq context to share, for inproc.
         keys: key file or folder of keys, see schema/keys.py; None takes $RALMQ_KEYS, "" none.
@@ -59,6 +60,7 @@ class Link:
         *,
         take: Taker | None = None,
         lost: Callable[[], None] | None = None,
+        ready: Callable[[], Awaitable[bool]] | None = None,
         beat: Callable[[], Beat] = Beat,
         context: zmq.Context[Any] | None = None,
         keys: str | os.PathLike[str] | None = None,
@@ -68,10 +70,13 @@ class Link:
         self.hello = replace(hello, nonce=os.urandom(16), pid=os.getpid())
         self._take = take
         self._on_lost = lost
+        self._prepare = ready
+        self._return: asyncio.Task[None] | None = None
         self._beat = beat
         self._context = context
         self._keys = keys
         self._reason = ""  # why the broker does not let this peer in, as last said
+        self._nameless = ""  # why its host name has no address, as last said
         self._interval = 1.0
         self._heard = 0  # the broker's last BEAT
         self._asked: dict[bytes, Pending] = {}
@@ -96,13 +101,16 @@ class Link:
         self._leaving, self._left = False, None
         self._patient = wait == float("inf")
         key = key_for(self.url, self._keys, works=self._works)
-        self._wire = Wire(self.url, self._received, self._lost, self._context, key, self._no_entry)
+        self._wire = Wire(self.url, self._received, self._lost, self._context, key, self._no_entry, self._no_name)
         try:
             self._announce()
             await asyncio.wait_for(self._ready, None if wait == float("inf") else wait)
         except TimeoutError:
             self.close()
-            raise NoBroker(f"no broker answers at {self.url} after {wait:g} s: start one with `ralmq up`") from None
+            missing = "start one with `ralmq up`"
+            if self._nameless:
+                missing = f"its host name is not known ({self._nameless}), mend it or the name service"
+            raise NoBroker(f"no broker answers at {self.url} after {wait:g} s: {missing}") from None
         except BaseException:
             self.close()
             raise
@@ -112,8 +120,9 @@ class Link:
         wire, self._wire = self._wire, None
         if wire is None:
             return
-        if self._timer is not None:
-            self._timer.cancel()
+        for waiting in (self._timer, self._return):
+            if waiting is not None:
+                waiting.cancel()
         for pending in list(self._asked.values()):
             pending.end(ConnectionClosed("the link was closed before the answer", request_id=pending.id))
         self._asked.clear()
@@ -267,7 +276,14 @@ class Link:
         self._depart()
         if self._on_lost is not None:
             self._on_lost()
-        self._announce()
+        if self._prepare is None:
+            self._announce()
+        elif self._return is None or self._return.done():
+            self._return = self._loop.create_task(self._come_back(self._prepare))
+
+    async def _come_back(self, prepare: Callable[[], Awaitable[bool]]) -> None:
+        if await prepare() and not self._known:
+            self._announce()
 
     @property
     def _works(self) -> bool:
@@ -282,6 +298,12 @@ class Link:
             self._refused(Refused(f"the broker at {self.url} {reason}"))
         else:
             log.warning("%s goes on trying: the broker at %s %s", self.hello.name, self.url, reason)
+
+    def _no_name(self, reason: str) -> None:
+        """The broker's host name has no address, for now; it has one where there is no reason."""
+        if reason and reason != self._nameless and self._patient:
+            log.warning("%s goes on trying: the host name of %s is not known (%s)", self.hello.name, self.url, reason)
+        self._nameless = reason
 
     def _depart(self) -> None:
         if self._left is not None and not self._left.done():

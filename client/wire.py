@@ -48,6 +48,7 @@ class Wire:
         key: what this side proves itself with, and the broker's public key; None where none is asked for.
         refused: called with the reason when the broker, or this side, does not accept the other's key, and whether that
             is certain: handshakes that only break off may be those of a broker behind a proxy that is not up yet.
+        nameless: called with the reason when the host name has no address, and with "" when it has one again.
 
     Raises:
         Refused: the url is no address.
@@ -61,13 +62,13 @@ class Wire:
         context: zmq.Context[Any] | None,
         key: PeerKey | None = None,
         refused: Callable[[str, bool], None] = lambda reason, certain: None,
+        nameless: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._take = take
         self._cut = cut
         self._refused = refused
         self._failures = 0
-        self._met = False  # a connection before this one: what breaks off now is a broker that ends or begins
         self._why = _REASONS if key is not None else _NO_KEY
         self._waiting: deque[list[Any]] = deque()
         self._pumping = False
@@ -80,16 +81,18 @@ class Wire:
             self._socket.setsockopt(zmq.CURVE_SERVERKEY, key.broker.encode())
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret.encode())
-        self._names = Names(url, self._moved)
+        self._monitor = self._socket.get_monitor_socket(WATCHED)  # before the first connection, which may fail at once
+        self._names = Names(url, self._moved, nameless)
         self._address = ""  # what libzmq is told
         if not self._names.needed:
             try:
                 self._moved(url)
             except zmq.ZMQError as error:
+                self._socket.disable_monitor()
+                self._monitor.close(0)
                 self._socket.close(0)
                 raise Refused(f"{url} is no broker address ({error.strerror}): give tcp://host:port") from None
         self._names.start()
-        self._monitor = self._socket.get_monitor_socket(WATCHED)
         self._loop.add_reader(self._socket.fileno(), self._pump)
         self._loop.add_reader(self._monitor.fileno(), self._disconnected)
         self._disconnected()  # takes the edge of the monitor's own connection, or the first real one would not show

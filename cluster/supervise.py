@@ -1,6 +1,7 @@
 """Starts processes of a cluster again when they end by themselves. Knows exit codes and pauses; not what they serve."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Final
 
@@ -21,7 +22,7 @@ async def supervise(
     """Until it is cancelled. A process whose input is to be mended is not started again.
 
     Args:
-        told: gets a line for each process that ended, and for each that was started again.
+        told: gets a line for each process that ended, for each that was started again, and for what hinders that.
         changed: called when a process has been started, and has another pid.
         first: the shortest pause.
 
@@ -32,18 +33,31 @@ async def supervise(
     pauses: dict[str, tuple[float, float]] = {}  # the last pause of each, and when it was started after it
     starts: set[asyncio.Task[None]] = set()
 
+    def tell(line: str) -> None:
+        with contextlib.suppress(OSError):  # nobody reads it any more, or the disk is full
+            told(line)
+
     async def again(child: Child, pause: float) -> None:
-        await asyncio.sleep(pause)
-        await cluster.restart(child.name)
-        pauses[child.name] = pause, loop.time()
-        changed()
-        told(f"{child.name} was started again")
+        runs = False
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                if not runs:
+                    await cluster.restart(child.name)
+                    runs, pauses[child.name] = True, (pause, loop.time())
+                changed()
+                break
+            except Exception as error:  # no memory to fork, a full disk
+                pause = min(LONGEST, 2 * pause)
+                what = "could not be recorded" if runs else "could not be started again"
+                tell(f"{child.name} {what}, next try in {pause:g} s: {error}")
+        tell(f"{child.name} was started again")
 
     try:
         while True:
             child = await cluster.ended()
             failure = child.failure()
-            told(str(failure))
+            tell(str(failure))
             if child.code == BAD_INPUT:
                 if child.name == "broker":
                     raise failure

@@ -59,6 +59,7 @@ class Host:
         name: shown in `ralmq status`; a suffix from the connection's nonce is added.
         keys: a key file or a folder of keys, for a broker that asks for one; $RALMQ_KEYS where not given.
         asked_to_leave: called when the broker asks for a drain; where it is not given, the host drains itself.
+        failed: called when the worker can serve no more; where it is not given, the host closes itself.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Host:
         context: zmq.Context[Any] | None = None,
         keys: str | os.PathLike[str] | None = None,
         asked_to_leave: Callable[[], None] | None = None,
+        failed: Callable[[Exception], None] | None = None,
     ) -> None:
         self.worker = worker
         self.kind = name or type(worker).__name__.lower()
@@ -81,6 +83,7 @@ class Host:
         self._turns = 0
         self._closed = False
         self._asked_to_leave = asked_to_leave
+        self._failed = failed
         self._leaving: asyncio.Task[None] | None = None
         self._batcher = Batcher(worker) if worker.max_batch > 1 else None
         worker.host = self
@@ -116,6 +119,7 @@ class Host:
             hello,
             take=self._take,
             lost=self._forgotten,
+            ready=self._ready,
             beat=self._beat,
             context=self._context,
             keys=self._keys,
@@ -167,6 +171,19 @@ class Host:
                 job.task.cancel()
         self._jobs.clear()
         self.worker.forgotten()
+
+    async def _ready(self) -> bool:
+        """Whether the worker may be announced again, once that is known; else it ends."""
+        try:
+            await self.worker.ready()
+        except Exception as error:
+            if self._failed is not None:
+                self._failed(error)
+            elif self._leaving is None:
+                log.critical("%s can serve no more: %s", self.link.hello.name, error)
+                self._leaving = asyncio.get_running_loop().create_task(self.close())
+            return False
+        return True
 
     def _take(self, prefix: Prefix, message: Any) -> None:
         key = (prefix.id, prefix.attempt)
@@ -221,7 +238,7 @@ class Host:
         if error is None:
             return task.result()
         if isinstance(error, RalmqError):
-            return Error(error.code, error.message, int(error.retry_after * 1000))
+            return Error(error.code, error.message, int(error.retry_after * 1000), error.worker)
         log.error("%s failed in request %s", self.kind, request.id.hex(), exc_info=error)
         text = f"{self.kind} failed: {type(error).__name__}: {error}"
         return Error(WorkerFailed.code, f"{text[:1900]} (its log has the place)")

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import threading
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -104,7 +105,58 @@ async def test_of_several_addresses_one_that_answers_is_found(name_server: NameS
     async with Server(f"tcp://127.0.0.3:{port}", limits=PACE) as server:
         async with ralmq.connect(f"tcp://{NAME}:{port}", wait=30):
             assert len(server.core.roster.peers) == 1
-        assert name_server.asked == 3
+        assert name_server.asked == 1 + 2 * names.EACH
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "AGAIN", 0.01)
+
+
+async def test_each_of_several_addresses_has_its_time(name_server: NameServer, hurried: None) -> None:
+    """One that is listed twice hides no other; one that is listed no more is left at once."""
+    name_server.addresses = ["127.0.0.1", "127.0.0.1", "127.0.0.2"]
+    tried: list[tuple[str, int]] = []
+    known = names.Names(f"tcp://{NAME}:1", lambda url: tried.append((url[6:-2], name_server.asked)))
+    known.start()
+    await until(lambda: len(tried) == 4)
+    assert [address for address, _ in tried] == ["127.0.0.1", "127.0.0.2"] * 2
+    questions = [asked for _, asked in tried]
+    assert all(after - before >= names.EACH for before, after in pairwise(questions[1:]))
+    name_server.addresses = ["127.0.0.3"]
+    await until(lambda: tried[-1][0] == "127.0.0.3")
+    known.stop()
+    tried.clear()
+    name_server.addresses = ["127.0.0.3", "127.0.0.4"]
+    before = name_server.asked
+    known.start()  # the connection was cut: the broker is most likely where it was
+    await until(lambda: tried)
+    assert tried[0][0] == "127.0.0.4" and tried[0][1] - before >= names.EACH
+    known.stop()
+
+
+async def test_a_name_that_nobody_knows_is_named(
+    name_server: NameServer, hurried: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To those who wait for a while, with the error; to those who wait for ever once, in the log."""
+    with pytest.raises(ralmq.errors.NoBroker, match=r"host name is not known \(Temporary failure in name resolution\)"):
+        await ralmq.connect(f"tcp://{NAME}:5555", wait=0.2).__aenter__()
+    assert "goes on trying" not in caplog.text
+    async with cluster(Echo()) as here:
+        opening = asyncio.create_task(Host(Echo(), named(here.url)).open(float("inf")))
+        begun = name_server.asked
+        await until(lambda: name_server.asked >= begun + 5)
+        name_server.addresses = ["127.0.0.1"]
+        await opening
+    assert caplog.text.count(f"the host name of tcp://{NAME}:") == 1
+
+
+async def test_a_name_that_is_known_is_not_blamed(name_server: NameServer, hurried: None) -> None:
+    opening = asyncio.create_task(ralmq.connect(f"tcp://{NAME}:{free_url().rpartition(':')[2]}", wait=0.5).__aenter__())
+    await until(lambda: name_server.asked >= 2)
+    name_server.addresses = ["127.0.0.1"]
+    with pytest.raises(ralmq.errors.NoBroker, match="start one"):
+        await opening
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "10.1", "0x7f000001", "[::1]", "*", "a;b"])

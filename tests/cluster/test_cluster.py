@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import ralmq
 from commands import env_of, eventually, runs
+from ralmq.cluster.child import Child
 from ralmq.cluster.cluster import Cluster
 from ralmq.cluster.local import local_cluster
 from ralmq.cluster.supervise import supervise
@@ -137,6 +138,49 @@ def test_nothing_outlives_its_parent(number: signal.Signals, tmp_path: Path) -> 
     eventually(lambda: not any(map(runs, children)))
     if number == signal.SIGINT:
         assert list(tmp_path.glob("ralmq-*")) == []
+
+
+def test_what_cannot_be_started_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process can be made, then the new one cannot be recorded, and nobody reads what is told."""
+    lines: list[str] = []
+    records: list[int] = []
+    starts: list[str] = []
+
+    def told(line: str) -> None:
+        lines.append(line)
+        raise OSError("No space left on device")
+
+    def record() -> None:
+        records.append(1)
+        if len(records) < 3:
+            raise OSError("No space left on device")
+
+    async def go() -> None:
+        async with Cluster(tmp_path) as cluster:
+            restart = cluster.restart
+
+            async def failing(name: str) -> Child:
+                starts.append(name)
+                if len(starts) < 3:
+                    raise BlockingIOError("Resource temporarily unavailable")
+                return await restart(name)
+
+            monkeypatch.setattr(cluster, "restart", failing)
+            supervisor = asyncio.create_task(supervise(cluster, told, record, first=0.01))
+            await cluster.spawn("echo", "-o", "name=e")
+            async with ralmq.connect(cluster.url) as client:
+                assert (await client.request("e", {"n": 1}, wait_service=30)).body == {"n": 1}
+                os.kill(cluster.children["echo"].pid, signal.SIGKILL)
+                assert (await client.request("e", {"n": 2}, wait_service=30, deadline=60)).body == {"n": 2}
+            while "echo was started again" not in lines:
+                await asyncio.sleep(0.01)
+            assert not supervisor.done()
+            supervisor.cancel()
+
+    asyncio.run(go())
+    assert len(starts) == 3 and len(records) == 3
+    assert sum("echo could not be started again" in line for line in lines) == 2
+    assert sum("echo could not be recorded" in line for line in lines) == 2
 
 
 def test_what_ends_is_started_again_with_growing_pauses(tmp_path: Path) -> None:

@@ -226,10 +226,9 @@ def test_an_index_that_is_away_for_long_is_asked_again(
             return await asked(query)
 
         last._asked = counted  # type: ignore[method-assign]
-        if not busy:
-            index.gate.clear()
+        index.gate.clear()
         text = asyncio.create_task(generated(running.client, PROMPT, max_tokens=3, retrieve=knn()))
-        await until(lambda: tries == 4)
+        await until(lambda: tries >= 4)
         assert not text.done()
         index.gate.set()
         assert len((await text).tokens) == 3

@@ -50,7 +50,8 @@ class Generator(Worker):
 
     @property
     def services(self) -> tuple[str, ...]:
-        return f"generate:{self._model}", f"embed:{self._model}"
+        generate = f"generate:{self._model}"
+        return (generate, f"embed:{self._model}") if self._start is None else (generate,)  # of those stages score none
 
     async def start(self) -> None:
         """Reads the tokenizer.
