@@ -48,7 +48,8 @@ async def test_it_ends_in_order_also_before_it_found_a_broker(number: signal.Sig
         await asyncio.sleep(1.0)
         process.send(number)
         code = await process.ended()
-        assert code == 0 or (code == -number and not process.log)  # it may not have begun to listen
+        early = (-number, 128 + number)  # it may not have begun to listen: the shell's code where Python was that far
+        assert code == 0 or (code in early and not process.log)
         assert "Traceback" not in process.log
 
 
