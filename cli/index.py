@@ -69,6 +69,8 @@ def build(
         raise Refused("give texts with --model, texts with --text, or one .npy file of vectors with neither")
     if not vectors and (fields or encoder):
         raise Refused("--fields and --encoder belong to a .npy file of vectors: leave them out")
+    if text and (factory or metric != "l2" or shards > 1 or by != "rows"):
+        raise Refused("--factory, --metric, --shards and --by are of vectors: leave them out for an index of texts")
     if text:
         _texts(name, sources, out)
     else:
@@ -78,7 +80,7 @@ def build(
             else _vectors(name, vectors[0], out, fields, encoder, how)
         )
         typer.echo(f"{out}: {made.total} entries of {made.dimension} dimensions ({made.factory})")
-    if shards > 1 and not text:
+    if shards > 1:
         typer.echo(f"serve each shard i with `ralmq worker index -o index={out} -o shard=i/{shards}`")
     else:
         typer.echo(f"serve it with `ralmq up --index {out}` or `ralmq worker index -o index={out}`")

@@ -43,7 +43,9 @@ def broker(
 def worker(
     kind: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="echo, stage, index, generator, encoder, ralm-gateway, or module:Class."),
+        typer.Argument(
+            metavar="NAME", help="echo, stage, index, generator, encoder, t5-encoder, ralm-gateway, or module:Class."
+        ),
     ],
     option: Annotated[
         list[str] | None, typer.Option("-o", "--option", metavar="KEY=VALUE", help="An option of the worker class.")

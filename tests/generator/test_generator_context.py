@@ -285,6 +285,7 @@ def test_texts_of_payloads() -> None:
         ({"policy": "magic", "retrieve": "i"}, "policy: Input should be 'knn', 'ngram', 'knn.ngram', 'context' or "),
         ({"retrieve": "i", "stride": 4}, "stride belongs to policy context, not to knn: leave it out"),
         ({"retrieve": "i", "policy": "context", "interval": 4}, "interval belongs to policy knn or ngram or knn.ngram"),
+        ({"retrieve": "i", "policy": "ngram", "k": 4}, "k belongs to policy knn or knn.ngram or context or encdec"),
         ({"retrieve": "i", "policy": "ngram", "knn_lambda": 0.5}, "knn_lambda belongs to policy knn or knn.ngram"),
         ({"retrieve": "i", "policy": "context", "stride": 0}, "stride: "),
         ({"retrieve": "i", "policy": "ngram", "order": 1}, "order: "),

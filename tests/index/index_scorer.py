@@ -57,7 +57,14 @@ class Scorer:
         self.spoil: Spoil = lambda part: part
 
     def stream(
-        self, service: str, body: dict[str, Any], *, tensors: list[np.ndarray], deadline: float, retries: int
+        self,
+        service: str,
+        body: dict[str, Any],
+        *,
+        tensors: list[np.ndarray],
+        deadline: float,
+        retries: int,
+        wait_service: float,
     ) -> Parts:
         assert (service, body) == ("lm:tiny", {"mode": "score"}) and deadline > 0
         self.retries.append(retries)

@@ -45,6 +45,7 @@ def test_words(home: Path) -> None:
         (("v.npy", "a.txt"), "or one .npy file"),
         (("v.npy", "--text"), "or one .npy file"),
         (("a.txt", "--text", "--fields", "f.jsonl"), "belong to a .npy file"),
+        (("a.txt", "--text", "--shards", "2"), "are of vectors"),
         (("v.npy", "--factory", "IVF8,PQ3"), "8 dimensions are no multiple of 3"),
         (("v.npy", "--fields", "a.txt"), "a.txt:1: is no JSON"),
         (("none.npy",), "none.npy: is no .npy file"),

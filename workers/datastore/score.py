@@ -23,6 +23,7 @@ from .windows import Window, windows
 MAX_WINDOW = 1024
 IN_FLIGHT = 4
 _DEADLINE = 120.0  # seconds for one window
+_LOADING = 30.0  # seconds that stages have to be there
 _RESENDS = 8  # of one window, after Busy
 
 
@@ -65,8 +66,11 @@ class Scored:
 
 
 async def describe(client: Client, model: str) -> ModelInfo:
-    """What the service `lm:<model>` says of itself, by the smallest score there is. Raises RalmqError."""
-    return (await _ask(client, model, np.zeros(2, np.int32))).info
+    """What the service `lm:<model>` says of itself, by the smallest score there is; stages that load are waited for.
+
+    Raises RalmqError.
+    """
+    return (await _ask(client, model, np.zeros(2, np.int32), _LOADING)).info
 
 
 async def score(
@@ -121,12 +125,12 @@ class _Answer:
     logp: NDArray[np.float32]
 
 
-async def _ask(client: Client, model: str, ids: NDArray[np.int32]) -> _Answer:
+async def _ask(client: Client, model: str, ids: NDArray[np.int32], wait: float = 0.0) -> _Answer:
     """One window: n + 1 ids out, n rows back in chunks that may come in any order but each position once."""
     count = len(ids) - 1
     chunks: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
     async with client.stream(
-        f"lm:{model}", {"mode": "score"}, tensors=[ids], deadline=_DEADLINE, retries=_RESENDS
+        f"lm:{model}", {"mode": "score"}, tensors=[ids], deadline=_DEADLINE, retries=_RESENDS, wait_service=wait
     ) as parts:
         async for part in parts:
             position, rows = part.body.get("position"), _rows(part)

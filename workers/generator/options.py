@@ -10,7 +10,10 @@ from ..params import MAX_TOKENS, Neighbours, Policy, Retrieval, Sampling, Task
 from .context import PASSAGES, PROMPT, TEMPLATE
 
 MIXED = ("knn", "ngram", "knn+ngram")
+NEAREST = ("knn", "knn+ngram", "context", "encdec")
 OF = {  # the policies that these options belong to
+    "k": NEAREST,
+    "nprobe": NEAREST,
     "interval": (*MIXED, "encdec"),
     "staleness": MIXED,
     "knn_lambda": ("knn", "knn+ngram"),

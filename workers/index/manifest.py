@@ -181,6 +181,9 @@ def load_manifest(directory: Path) -> Manifest:
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
+        if (directory / "shard-0").is_dir():
+            count = len(list(directory.glob("shard-*")))
+            raise ManifestError(f"{directory}: holds {count} shards; give -o shard=0/{count} and so on") from None
         raise ManifestError(f"{path}: the file is missing, so this is no index directory; {_AGAIN}") from None
     except OSError as fault:
         raise ManifestError(f"{path}: cannot be read ({fault.strerror}); mend its permissions or {_AGAIN}") from fault
