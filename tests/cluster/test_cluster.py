@@ -132,9 +132,12 @@ def test_nothing_outlives_its_parent(number: signal.Signals, tmp_path: Path) -> 
     with parent:
         assert parent.stdout is not None
         children = [int(pid) for pid in parent.stdout.readline().split()]
-        assert len(children) == 3 and all(map(runs, children))
-        parent.send_signal(number)
-        parent.wait(60)
+        try:
+            assert len(children) == 3 and all(map(runs, children))
+            parent.send_signal(number)
+            parent.wait(60)
+        finally:
+            parent.kill()  # what started the tests may have it ignore SIGINT
     eventually(lambda: not any(map(runs, children)))
     if number == signal.SIGINT:
         assert list(tmp_path.glob("ralmq-*")) == []
