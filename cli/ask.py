@@ -9,7 +9,7 @@ import typer
 
 from ..schema.address import BROKER_VARIABLE, DEFAULT_BROKER
 from ..schema.errors import Refused, WorkerLost
-from .shared import Broker, Json, Keys, print_json, run
+from .shared import Broker, Json, Keys, print_json, read_array, run
 
 if TYPE_CHECKING:
     from ..client.results import Hits
@@ -70,7 +70,11 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Show the nearest entries of an index."""
-    asked = _vectors(Path(query).expanduser()) if query.endswith(".npy") else query
+    asked: Any = query
+    if query.endswith(".npy"):
+        what = "float32 [queries, d]"
+        fault = f"holds no vectors; save {what} or [d]"
+        asked = read_array(Path(query).expanduser(), "fiu", (1, 2), what, fault)
     options = {"k": k, "nprobe": nprobe, "ef": ef, "partial": partial, "deadline": deadline}
     hits = run(_search(broker, index, asked, {**options, "filter": _filter(filter)}))
     if as_json:
@@ -110,20 +114,6 @@ def _filter(text: str | None) -> dict[str, Any] | None:
         raise Refused(f'--filter: is no JSON ({error}); give a map, as \'{{"lang": "de"}}\'') from None
     if not isinstance(found, dict):
         raise Refused('--filter: is no map; give one, as \'{"lang": "de"}\'')
-    return found
-
-
-def _vectors(path: Path) -> Any:
-    import numpy as np
-
-    try:
-        found = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise Refused(f"{path}: no such file; name a .npy file of float32 [queries, d]") from None
-    except (OSError, ValueError) as error:
-        raise Refused(f"{path}: cannot be read as .npy ({error}); write it with numpy.save") from None
-    if not isinstance(found, np.ndarray) or found.ndim not in (1, 2) or found.dtype.kind not in "fiu":
-        raise Refused(f"{path}: holds no vectors; save float32 [queries, d] or [d] with numpy.save")
     return found
 
 

@@ -9,7 +9,7 @@ import typer
 
 from ..schema.address import DEFAULT_BROKER
 from ..schema.errors import Refused
-from .shared import Broker, Json, Keys, print_json, run
+from .shared import Broker, Json, Keys, print_json, read_array, run
 
 if TYPE_CHECKING:
     from ..client.client import Client
@@ -61,8 +61,8 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Add vectors to an index; when this returns they are on the disk and found by every search."""
-    given = _array(vectors.expanduser(), "f", 2, "float32 [n, d]")
-    numbers = None if ids is None else _array(ids.expanduser(), "iu", 1, "int64 [n]")
+    given = _array(vectors, "f", 2, "float32 [n, d]")
+    numbers = None if ids is None else _array(ids, "iu", 1, "int64 [n]")
     maps = None if fields is None else _maps(fields.expanduser())
     done = _with(broker, lambda client: client.add(name, given, numbers, maps, upsert=upsert, deadline=3600)).tolist()
     if as_json:
@@ -121,17 +121,7 @@ def _with(url: str, call: "Callable[[Client], Any]") -> Any:
 
 
 def _array(path: Path, kinds: str, dimensions: int, what: str) -> Any:
-    import numpy as np
-
-    try:
-        found = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise Refused(f"{path}: no such file; name a .npy file of {what}") from None
-    except (OSError, ValueError) as error:
-        raise Refused(f"{path}: cannot be read as .npy ({error}); write it with numpy.save") from None
-    if not isinstance(found, np.ndarray) or found.ndim != dimensions or found.dtype.kind not in kinds:
-        raise Refused(f"{path}: does not hold {what}; save that with numpy.save")
-    return found
+    return read_array(path.expanduser(), kinds, (dimensions,), what, f"does not hold {what}; save that")
 
 
 def _maps(path: Path) -> list[dict[str, Any]]:

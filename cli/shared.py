@@ -5,12 +5,14 @@ import json
 import math
 import os
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from ..schema.address import BROKER_VARIABLE
+from ..schema.errors import Refused
 from ..schema.keys import KEYS_VARIABLE
 
 T = TypeVar("T")
@@ -55,6 +57,29 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(cancellable())
     except asyncio.CancelledError:
         raise typer.Exit(128 + signal.SIGTERM) from None
+
+
+def read_array(path: Path, kinds: str, dimensions: Sequence[int], what: str, fault: str) -> Any:
+    """The array of a .npy file.
+
+    Args:
+        kinds, dimensions: that it may have, kinds as numpy's letters.
+        what: it should hold; `fault` is said where it holds something else.
+
+    Raises:
+        Refused: no such file, or another one.
+    """
+    import numpy as np
+
+    try:
+        found = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise Refused(f"{path}: no such file; name a .npy file of {what}") from None
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path}: cannot be read as .npy ({error}); write it with numpy.save") from None
+    if not isinstance(found, np.ndarray) or found.ndim not in dimensions or found.dtype.kind not in kinds:
+        raise Refused(f"{path}: {fault} with numpy.save")
+    return found
 
 
 def without_keys() -> None:

@@ -8,7 +8,8 @@ import msgpack
 import numpy as np
 
 from ..schema.errors import Refused, WorkerFailed
-from .fanout import Array, Ask, Layout
+from .fanout import Ask, Layout
+from .results import Array
 
 MAX_BYTES: Final = 64 << 20  # vectors of one request
 MAX_FIELDS: Final = 256 << 10  # bytes of fields of one request, whose body holds 1 MiB
@@ -47,7 +48,7 @@ async def add(
             if fields is not None:
                 body["fields"] = [fields[row] for row in some]
             tensors = [array[some] for array in (given, own) if array is not None]
-            reply = await ask(_service(index, shard, shards), body, tensors, end)
+            reply = await ask(layout.service(index, shard), body, tensors, end)
             if len(reply.tensors) != 1 or reply.tensors[0].shape != (len(some),):
                 raise WorkerFailed("the index answered without the ids of what was added: is it another program?")
             found[some] = reply.tensors[0].numpy()
@@ -63,7 +64,7 @@ async def delete(ask: Ask, index: str, layout: Layout, ids: Any, end: float) -> 
     counts = [0] * shards
 
     async def one(shard: int, own: Array) -> None:
-        reply = await ask(_service(index, shard, shards), {"delete": True}, [own], end)
+        reply = await ask(layout.service(index, shard), {"delete": True}, [own], end)
         counts[shard] = int(reply.body.get("deleted", 0))
 
     await _each(one(shard, own) for shard in range(shards) if len(own := given[given % shards == shard]))
@@ -72,13 +73,8 @@ async def delete(ask: Ask, index: str, layout: Layout, ids: Any, end: float) -> 
 
 async def on_each(ask: Ask, index: str, layout: Layout, body: dict[str, Any], end: float) -> list[str]:
     """The versions that the shards answer with, in their order: of a snapshot, or of another index in their place."""
-    shards = layout.shards
-    replies = [ask(_service(index, shard, shards), body, (), end) for shard in range(shards)]
+    replies = [ask(layout.service(index, shard), body, (), end) for shard in range(layout.shards)]
     return [str(reply.body.get("version", "")) for reply in await asyncio.gather(*replies)]
-
-
-def _service(index: str, shard: int, shards: int) -> str:
-    return f"search:{index}" if shards == 1 else f"search:{index}/{shard}"
 
 
 def _parts(fields: Sequence[dict[str, Any]] | None, rows: Array, most: int) -> Iterator[Array]:

@@ -10,9 +10,8 @@ import numpy as np
 
 from ..schema.errors import Busy, DeadlineExceeded, NoService, Refused, WorkerFailed, WorkerLost
 from ..schema.tensor import tensor_of
-from .results import Reply
+from .results import Array, Reply
 
-Array = np.ndarray[Any, Any]
 Ask = Callable[[str, dict[str, Any], Sequence[Any], float], Awaitable[Reply]]
 MISSING: Final = (Busy, DeadlineExceeded, NoService, WorkerFailed, WorkerLost)  # what a partial answer does without
 MARGIN: Final = 0.1  # of the time that is left: a partial answer needs it to come by its deadline
@@ -33,6 +32,10 @@ class Layout:
     owners: Array | None
     info: dict[str, Any]
 
+    def service(self, index: str, shard: int) -> str:
+        """Where a shard is asked, or the whole of an index that has none."""
+        return f"search:{index}" if self.shards == 1 else f"search:{index}/{shard}"
+
     def same(self, other: "Layout") -> bool:
         """Whether a request that was refused under one of them would be under the other."""
         return all(self.info.get(key) == other.info.get(key) for key in ("shards", "by", "version"))
@@ -42,7 +45,7 @@ class Layout:
 class Part:
     """What one shard is asked: rows of the queries (None for all) with their tensors; and its reply, None for none."""
 
-    shard: int
+    service: str
     tensors: list[Any]
     rows: Array | None = None
     reply: Reply | None = None
@@ -125,9 +128,9 @@ class Fanout:
                 assigned = await self._any(index, probed, tensors, end, partial)
                 tensors = [tensors[0], *(tensor.numpy() for tensor in assigned.tensors)]
                 body = {**body, "lists": True}
-            parts = owned(layout, *map(_array, tensors))
+            parts = owned(layout, index, *map(_array, tensors))
         else:
-            parts = [Part(shard, list(tensors)) for shard in range(layout.shards)]
+            parts = [Part(layout.service(index, shard), list(tensors)) for shard in range(layout.shards)]
         lost = await self._all(index, parts, body, end, partial)
         rows = len(_array(tensors[0])) if tensors else len(body.get("text", ()))
         merged = merge(parts, rows, int(body.get("k", 10)), nearest_first=layout.info.get("metric", "l2") == "l2")
@@ -147,9 +150,7 @@ class Fanout:
             return 0
         left = end - asyncio.get_running_loop().time()
         wait = left - min(AT_MOST, MARGIN * left) if partial else None
-        tasks = [
-            asyncio.ensure_future(self.ask(f"search:{index}/{part.shard}", body, part.tensors, end)) for part in parts
-        ]
+        tasks = [asyncio.ensure_future(self.ask(part.service, body, part.tensors, end)) for part in parts]
         try:
             how = asyncio.ALL_COMPLETED if partial else asyncio.FIRST_EXCEPTION
             await asyncio.wait(tasks, timeout=wait, return_when=how)
@@ -170,7 +171,7 @@ class Fanout:
         return lost
 
 
-def owned(layout: Layout, queries: Array, lists: Array, coarse: Array) -> list[Part]:
+def owned(layout: Layout, index: str, queries: Array, lists: Array, coarse: Array) -> list[Part]:
     """What each shard is asked where lists were spread: the rows that probe a list of its own, others' lists as -1."""
     assert layout.owners is not None
     owner = np.where(lists >= 0, layout.owners[np.maximum(lists, 0)], -1)
@@ -180,8 +181,15 @@ def owned(layout: Layout, queries: Array, lists: Array, coarse: Array) -> list[P
         rows = np.flatnonzero(mine.any(1))
         if len(rows):
             chosen = np.where(mine, lists, -1)[rows]
-            parts.append(Part(shard, [queries[rows], chosen, coarse[rows]], rows))
+            parts.append(Part(layout.service(index, shard), [queries[rows], chosen, coarse[rows]], rows))
     return parts
+
+
+def best(ids: Array, distances: Array, k: int, *, nearest_first: bool) -> Array:
+    """The places of the k best of each row [m, n], by distance and then by id; id -1 is behind all."""
+    keys = np.where(ids < 0, np.inf, distances if nearest_first else -distances)
+    order: Array = np.lexsort((ids, keys), axis=1)[:, :k]
+    return order
 
 
 def merge(parts: Sequence[Part], rows: int, k: int, *, nearest_first: bool) -> Reply:
@@ -208,8 +216,7 @@ def merge(parts: Sequence[Part], rows: int, k: int, *, nearest_first: bool) -> R
     if not wide:
         wide = [[np.full((rows, k), -1, np.int64), np.full((rows, k), far, np.float32)]]
     ids, distances, *others = [np.concatenate(arrays, 1) for arrays in zip(*wide, strict=True)]
-    key = np.where(ids < 0, np.inf, distances if nearest_first else -distances)
-    order = np.lexsort((ids, key), axis=1)[:, :k]
+    order = best(ids, distances, k, nearest_first=nearest_first)
     arrays = [np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)]
     arrays += [np.take_along_axis(other, order.reshape(*order.shape, *[1] * (other.ndim - 2)), 1) for other in others]
     body: dict[str, Any] = {}

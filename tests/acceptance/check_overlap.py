@@ -113,25 +113,17 @@ async def retrieval_hidden(folder: Path) -> AsyncIterator[Line]:
             found = gain(stale, serial)
             what = f"{kind}: 1 sequence with staleness 1, times the tokens/s without"
             yield Line(what, ">= 1.8", f"{found:.2f}", found >= 1.8)
-        where = folder / f"jitter-{rows}"
-        where.mkdir()
-        async with pipeline(where, path, 1, rows, jitter=0.5) as client:
-            asked = prompts(3, 4)
-            serial = await alone(client, asked)
-            three = await together(client, asked)
-            found = gain(three, serial)
-            what = f"{kind}: 3 sequences, searches of 10 to 30 ms, times the tokens/s of one"
-            yield Line(what, ">= 1.9", f"{found:.2f}", found >= 1.9)
-            shown, good = same(three, serial)
-            yield Line(f"{kind}: 3 sequences with the tokens of each alone", "all", shown, good)
-        where = folder / f"three-{rows}"
-        where.mkdir()
-        async with pipeline(where, path, 3, rows) as client:
-            asked = prompts(6, 4)
-            serial = await alone(client, asked)
-            six = await together(client, asked)
-            found = gain(six, serial)
-            what = f"{kind}: 6 sequences on 3 stages, times the tokens/s of one"
-            yield Line(what, ">= 5.2", f"{found:.2f}", found >= 5.2)
-            shown, good = same(six, serial)
-            yield Line(f"{kind}: 6 sequences with the tokens of each alone", "all", shown, good)
+        for stages, count, jitter, what, bound in (
+            (1, 3, 0.5, "3 sequences, searches of 10 to 30 ms", 1.9),
+            (3, 6, 0.0, "6 sequences on 3 stages", 5.2),
+        ):
+            where = folder / f"{count}-{rows}"
+            where.mkdir()
+            async with pipeline(where, path, stages, rows, jitter=jitter) as client:
+                asked = prompts(count, 4)
+                serial = await alone(client, asked)
+                ran = await together(client, asked)
+            found = gain(ran, serial)
+            yield Line(f"{kind}: {what}, times the tokens/s of one", f">= {bound}", f"{found:.2f}", found >= bound)
+            shown, good = same(ran, serial)
+            yield Line(f"{kind}: {count} sequences with the tokens of each alone", "all", shown, good)

@@ -36,7 +36,7 @@ STEPS = [
     (writer, "_save"),
     (writer, "record_file"),
     (writer, "write_manifest"),
-    (directory, "_sync"),
+    (directory, "sync"),
     (directory, "_swap"),
 ]
 

@@ -1,8 +1,8 @@
 """The built-in worker `t5-encoder`: serves `encode:<name>`, chunks to an encoder's states. Knows no decoder."""
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -10,18 +10,17 @@ import torch
 from tokenizers import Tokenizer
 
 from ...schema.errors import Refused
-from ...schema.limits import MAX_NAME
 from ...schema.message import Beat
-from ..base import Answer, Request, Worker
-from ..engine.errors import CheckpointError
+from ..base import Answer, Request
 from ..engine.t5_encoder import T5Encoder
-from ..models import resolve
+from ..vocabulary import read_tokenizer
+from .base import ModelWorker
 
 MAX_CHUNKS: Final = 1024  # of one request
 FORM: Final = "chunks: give a list of texts, or of lists of token ids that are not empty"
 
 
-class StateEncoder(Worker):
+class StateEncoder(ModelWorker):
     """The encoder of an encoder-decoder, whose decoder is in pipeline stages.
 
     A body {"chunks": [...]}, texts or lists of token ids, is answered with {"model": name, "lengths": [tokens of each]}
@@ -36,24 +35,18 @@ class StateEncoder(Worker):
         batch: chunks that are computed at once.
     """
 
-    idempotent = True
     capacity = 16
 
     def __init__(self, *, model: str, name: str = "", threads: int = 1, tokens: int = 512, batch: int = 32) -> None:
         for option, value in (("threads", threads), ("tokens", tokens - 1), ("batch", batch)):
             if value < 1:
                 raise Refused(f"-o {option} is too small: give at least {2 if option == 'tokens' else 1}")
-        known, self._path = resolve(model)
-        self._name = name or known
-        self.service = f"encode:{self._name}"
-        if len(self.service) > MAX_NAME:
-            raise Refused(f"the name {self._name} is too long: give a shorter one with -o name=")
+        super().__init__("encode", model, name, threads)
         self._tokens = tokens
         self._batch = batch
         self._runs = 0
         self._chunks = 0
         self._tokenizer: Tokenizer | None = None
-        self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (threads,))
 
     async def start(self) -> None:
         """Reads weights and, where there is one, the tokenizer; only then is the service announced.
@@ -61,22 +54,11 @@ class StateEncoder(Worker):
         Raises:
             Refused: the directory is no encoder-decoder, or something in it is broken.
         """
-        loop = asyncio.get_running_loop()
-        try:
-            self._encoder = await loop.run_in_executor(self._compute, T5Encoder, self._path)
-        except CheckpointError as error:
-            raise Refused(str(error)) from None
+        self._encoder = await self._loaded(partial(T5Encoder, self._path))
         file = self._path / "tokenizer.json"
         if file.is_file():
-            try:
-                self._tokenizer = Tokenizer.from_file(str(file))
-            except Exception as error:  # the library raises plain Exception
-                raise Refused(f"{file} cannot be read ({error}): copy it anew from the model") from None
-            self._tokenizer.no_padding()
+            self._tokenizer = read_tokenizer(file)
             self._tokenizer.enable_truncation(self._tokens)
-
-    async def stop(self) -> None:
-        self._compute.shutdown(wait=False, cancel_futures=True)
 
     def beat(self, beat: Beat) -> Beat:
         """`runs`: requests that were encoded, with so many `chunks` in all."""

@@ -3,19 +3,16 @@
 import asyncio
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
 from ...schema.errors import Refused
-from ...schema.limits import MAX_NAME
-from ..base import Answer, Request, Worker
-from ..engine.errors import CheckpointError
-from ..models import resolve
+from ..base import Answer, Request
+from ..vocabulary import read_tokenizer
+from .base import ModelWorker
 from .model import Encoder as Model
 from .model import Pooling, load_encoder
 from .settings import Settings, read_settings
@@ -25,7 +22,7 @@ NO_VECTOR: Final = "texts: one of them has no vector: none of its tokens is know
 Array = np.ndarray[Any, Any]
 
 
-class Encoder(Worker):
+class Encoder(ModelWorker):
     """Vectors of texts. Requests that come together are computed together.
 
     A body {"texts": [...]} is answered with {"model": name} and vectors float32 [texts, d]; a text that is longer than
@@ -40,8 +37,6 @@ class Encoder(Worker):
         batch: texts that are computed at once, and requests that are taken together.
     """
 
-    idempotent = True
-
     def __init__(
         self,
         *,
@@ -55,17 +50,12 @@ class Encoder(Worker):
         for option, value in (("threads", threads), ("batch", batch)):
             if value < 1:
                 raise Refused(f"-o {option}={value} is too small: give at least 1")
-        known, self._path = resolve(model)
-        self._name = name or known
-        self.service = f"embed:{self._name}"
-        if len(self.service) > MAX_NAME:
-            raise Refused(f"the name {self._name} is too long: give a shorter one with -o name=")
+        super().__init__("embed", model, name, threads)
         self._pooling = pooling
         self._normalize = normalize
         self._batch = batch
         self.max_batch = max(2, batch)  # 1 would turn `handle_batch` off
         self.capacity = 4 * self.max_batch  # some fill the next batch while one is computed
-        self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (threads,))
 
     async def start(self) -> None:
         """Reads weights and tokenizer; only then is the service announced.
@@ -73,15 +63,8 @@ class Encoder(Worker):
         Raises:
             Refused: the directory is no encoder that is computed, or holds no tokenizer.
         """
-        loop = asyncio.get_running_loop()
-        try:
-            self._model, self._settings = await loop.run_in_executor(self._compute, self._load)
-        except CheckpointError as error:
-            raise Refused(str(error)) from None
+        self._model, self._settings = await self._loaded(self._load)
         self._tokenizer = _tokenizer(self._path / "tokenizer.json", self._settings.tokens, self._model.config.vocab)
-
-    async def stop(self) -> None:
-        self._compute.shutdown(wait=False, cancel_futures=True)
 
     async def handle_batch(self, requests: list[Request]) -> list[Answer]:
         """One refused does not keep the others from their vectors."""
@@ -148,14 +131,10 @@ def _texts(request: Request) -> list[str]:
 def _tokenizer(path: Path, tokens: int, vocab: int) -> Tokenizer:
     if not path.is_file():
         raise Refused(f"{path}: no such file; copy the model's own, without it no text can be read")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise Refused(f"{path} cannot be read ({error}): copy it anew from the model") from None
+    tokenizer = read_tokenizer(path)
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= vocab:
         raise Refused(f"{path} knows token {largest}, the model {vocab} of them: copy the model's own")
-    tokenizer.no_padding()
     try:
         tokenizer.enable_truncation(tokens)
         if tokenizer.num_special_tokens_to_add(False) >= tokens:

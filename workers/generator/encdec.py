@@ -5,7 +5,6 @@ At new tokens 0, r, 2r ... chunks are retrieved and encoded, and the decoder goe
 Grave 2021). The tokens before are computed anew with them: a text depends on its tokens and the last chunks alone.
 """
 
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ...client.client import Client
-from ...schema.errors import Refused, WorkerFailed, WorkerLost
-from ...schema.limits import LOSSES
+from ...client.results import Reply
+from ...schema.errors import Refused, WorkerFailed
 from ..engine.config import read_config, read_json
 from ..engine.errors import CheckpointError
 from ..engine.t5 import MODEL_TYPES, T5Config
+from .again import kept
 from .context import Find, Frame, text_of
 
 INTERVAL: Final = 64  # new tokens, where none is given
 RETRIES: Final = 8  # resends to an encoder whose queue is full
-log = logging.getLogger("ralmq.generator")
 
 Chunk = str | Sequence[int]
 Encode = Callable[[Sequence[Chunk]], Awaitable[np.ndarray[Any, Any]]]
@@ -138,23 +137,15 @@ async def encoded(
         WorkerFailed: it was lost each time that it was asked, or what it answers are no states.
         RalmqError: as it answers.
     """
-    service, losses = f"encode:{model}", 0
-    while True:
+    service = f"encode:{model}"
+    body = {"chunks": [chunk if isinstance(chunk, str) else list(chunk) for chunk in chunks]}
+
+    async def ask(lost: bool) -> Reply:
         seconds = left()
-        try:
-            reply = await client.request(
-                service,
-                {"chunks": [chunk if isinstance(chunk, str) else list(chunk) for chunk in chunks]},
-                deadline=seconds,
-                parent=parent,
-                retries=RETRIES,
-                wait_service=seconds if losses else wait,
-            )
-            if len(reply.tensors) != 1:
-                raise WorkerFailed(f"{service} answers without states: is it `ralmq worker t5-encoder`?")
-            return reply.tensors[0].numpy()
-        except WorkerLost as lost:
-            losses += 1
-            if losses >= LOSSES:
-                raise WorkerFailed(f"{service} was lost {losses} times: {lost.message}") from lost
-            log.warning("%s lost its worker: it is asked again", service)
+        waits = seconds if lost else wait
+        return await client.request(service, body, deadline=seconds, parent=parent, retries=RETRIES, wait_service=waits)
+
+    reply = await kept(service, ask)
+    if len(reply.tensors) != 1:
+        raise WorkerFailed(f"{service} answers without states: is it `ralmq worker t5-encoder`?")
+    return reply.tensors[0].numpy()

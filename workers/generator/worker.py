@@ -17,6 +17,7 @@ from ...schema.message import Beat
 from ..base import Answer, Request, Worker
 from ..models import resolve
 from ..params import Task
+from ..vocabulary import read_tokenizer
 from .context import Context, Framing, Strides
 from .encdec import INTERVAL, Chunks, Reading, check_policy, encoded, start_of
 from .merge import merged
@@ -60,13 +61,8 @@ class Generator(Worker):
             Refused: tokenizer.json is broken.
         """
         if self._path.is_file():
-            try:
-                tokenizer = Tokenizer.from_file(str(self._path))
-            except Exception as error:  # the library raises plain Exception
-                raise Refused(f"{self._path} cannot be read ({error}): copy it anew from the model") from None
-            tokenizer.no_truncation()  # a prompt that is too long is refused, not cut in silence
-            tokenizer.no_padding()
-            self._tokenizer = tokenizer
+            self._tokenizer = read_tokenizer(self._path)
+            self._tokenizer.no_truncation()  # a prompt that is too long is refused, not cut in silence
 
     def beat(self, beat: Beat) -> Beat:
         return replace(beat, gauges={"replayed_tokens": self._replayed})

@@ -62,9 +62,9 @@ def replacing(out: Path, own: Collection[str]) -> Iterator[Path]:
         fresh.mkdir()
         yield fresh
         for path in (*fresh.rglob("*"), fresh):
-            _sync(path)
+            sync(path)
         _swap(fresh, out, work / "old")
-        _sync(out.parent)
+        sync(out.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -81,7 +81,8 @@ def _swap(fresh: Path, out: Path, aside: Path) -> None:
         raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -10,6 +10,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from ...client.fanout import best
 from .quantizer import assigned, normalised
 from .query import DEFAULT_EF, DEFAULT_NPROBE, Found, Metric, Params
 
@@ -155,9 +156,8 @@ class Segment:
         found = np.full((count * nprobe, k), -1, np.int64)
         distances[pairs], found[pairs] = self._preassigned(queries[pairs // nprobe], k, asked, near, selector)
         distances, found = distances.reshape(count, -1), found.reshape(count, -1)
-        keys = np.where(found < 0, np.inf, distances if self.metric == "l2" else -distances)
-        best = np.lexsort((found, keys), axis=1)[:, :k]
-        return np.take_along_axis(distances, best, 1), np.take_along_axis(found, best, 1)
+        order = best(found, distances, k, nearest_first=self.metric == "l2")
+        return np.take_along_axis(distances, order, 1), np.take_along_axis(found, order, 1)
 
     def _preassigned(
         self,
@@ -202,8 +202,7 @@ class Segment:
         ids = rows if self.ids is None else np.where(none, -1, self.ids[np.where(none, 0, rows)])
         tied = np.flatnonzero(((distances[:, 1:] == distances[:, :-1]) & ~none[:, 1:]).any(axis=1))
         if len(tied):
-            keys = distances[tied] if self.metric == "l2" else -distances[tied]
-            order = np.lexsort((ids[tied], np.where(none[tied], np.inf, keys)), axis=1)
+            order = best(ids[tied], distances[tied], ids.shape[1], nearest_first=self.metric == "l2")
             ids[tied] = np.take_along_axis(ids[tied], order, 1)
             distances[tied] = np.take_along_axis(distances[tied], order, 1)
         return ids, distances

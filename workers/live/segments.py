@@ -13,6 +13,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from ...client.fanout import best
 from ..index.quantizer import METRICS
 from ..index.query import Found, Metric, Params
 from ..index.segment import Allowed, Segment
@@ -212,6 +213,5 @@ def nearest(found: Sequence[Found], rows: int, k: int, metric: Metric) -> Found:
         return np.full((rows, k), -1, np.int64), np.full((rows, k), far, np.float32)
     ids = np.concatenate([each[0] for each in found], 1)
     distances = np.concatenate([each[1] for each in found], 1)
-    keys = np.where(ids < 0, np.inf, distances if metric == "l2" else -distances)
-    order = np.lexsort((ids, keys), axis=1)[:, :k]
+    order = best(ids, distances, k, nearest_first=metric == "l2")
     return np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ..index.directory import OutputError, replacing
+from ..index.directory import OutputError, replacing, sync
 from ..index.manifest import MANIFEST, FileRecord, ManifestError, record_file, valid_name
 from ..index.progress import Progress, silent
 from .passages import OVERLAP, WORDS, passages
@@ -164,12 +164,12 @@ def begin_changes(directory: Path, manifest: TextManifest) -> None:
         with closing(open_live(work)) as database:
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("INSERT OR REPLACE INTO state VALUES ('base', ?)", (manifest.file.sha256,))
-        _sync(copy)
+        sync(copy)
         try:
             os.link(copy, directory / LIVE)
         except FileExistsError:
             return  # another server of the same directory was faster
-        _sync(directory)
+        sync(directory)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -192,11 +192,3 @@ def _raw(directory: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ManifestError(f"{path}: is no manifest; {_AGAIN}")
     return found
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
