@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -17,6 +17,8 @@ from ..schema.keys import PeerKey
 from ..schema.limits import MAX_FRAMES, MAX_MESSAGE
 from .names import Names
 
+LAST: Final = int(zmq.NOBLOCK)  # as plain numbers: `|` of two flags costs more than the send itself
+MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 BATCH: Final = 64  # messages a pass, so that timers and other tasks get their turn
 BROKEN: Final = 3  # handshakes that break off one after another, before that means something
 MET: Final = -(1 << 62)  # failures of one that was heard: what breaks off is a broker that ends, or begins
@@ -71,6 +73,7 @@ class Wire:
         self._failures = 0
         self._why = _REASONS if key is not None else _NO_KEY
         self._waiting: deque[list[Any]] = deque()
+        self._full = False  # the socket has refused the first of them
         self._pumping = False
         self._retry: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None  # of a connection that is tried again
@@ -81,6 +84,9 @@ class Wire:
             self._socket.setsockopt(zmq.CURVE_SERVERKEY, key.broker.encode())
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret.encode())
+        # the methods of the C level: the wrappers around them cost as much as they do
+        plain: Any = super(zmq.Socket, cast(Any, self._socket))
+        self._recv, self._send = plain.recv, plain.send
         self._monitor = self._socket.get_monitor_socket(WATCHED)  # before the first connection, which may fail at once
         self._names = Names(url, self._moved, nameless)
         self._address = ""  # what libzmq is told
@@ -100,20 +106,29 @@ class Wire:
 
     @property
     def blocked(self) -> bool:
-        """Whether something waits: there is no connection, or the other side takes nothing."""
-        return bool(self._waiting)
+        """Whether there is no connection, or the other side takes nothing."""
+        return self._full
 
     def send(self, frames: list[Any]) -> None:
-        """Sends, or keeps in order until the socket takes it."""
-        if self._waiting or not self._put(frames):
+        """Sends, or keeps in order until the socket takes it.
+
+        What follows within one turn of the loop leaves together at its end: each message by itself would wake libzmq's
+        own thread anew, which costs several times what the sending does.
+        """
+        if self._pumping or self._waiting:
+            self._waiting.append(frames)
+        elif not self._put(frames):
+            self._full = True
             self._waiting.append(frames)
         self._pump_soon()
 
     def forget(self) -> None:
         """Drops what is kept: it was meant for a broker that is no more."""
         self._waiting.clear()
+        self._full = False
 
     def close(self) -> None:
+        self._flush()
         for timer in (self._retry, self._timer):
             if timer is not None:
                 timer.cancel()
@@ -125,11 +140,20 @@ class Wire:
         self._socket.close(LINGER_MS)
 
     def _put(self, frames: list[Any]) -> bool:
+        """Whether the socket took it. Where a connection ends in mid-message, libzmq takes back what it had of it."""
+        send = self._send
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            for frame in frames[:-1]:
+                send(frame, MORE, False)
+            send(frames[-1], LAST, False)
         except zmq.Again:
             return False
         return True
+
+    def _flush(self) -> None:
+        while self._waiting and self._put(self._waiting[0]):
+            self._waiting.popleft()
+        self._full = bool(self._waiting)
 
     def _pump_soon(self) -> None:
         if not self._pumping:
@@ -141,14 +165,14 @@ class Wire:
         self._pumping = False
         if self._socket.closed:
             return
-        receive = self._socket.recv
+        receive = self._recv
         more = True
         try:
             for _ in range(BATCH):
-                frame = receive(zmq.NOBLOCK, copy=False)
+                frame = receive(LAST, False)
                 frames = [frame.buffer]
                 while frame.more:
-                    frame = receive(zmq.NOBLOCK, copy=False)
+                    frame = receive(LAST, False)
                     if len(frames) <= MAX_FRAMES:  # one more than allowed shows that there were too many
                         frames.append(frame.buffer)
                 self._failures = MET
@@ -160,8 +184,7 @@ class Wire:
         except BaseException:  # one message that cannot be served must not leave those behind it without an edge
             self._pump_soon()
             raise
-        while self._waiting and self._put(self._waiting[0]):
-            self._waiting.popleft()
+        self._flush()
         wanted = zmq.POLLIN | zmq.POLLOUT if self._waiting else zmq.POLLIN
         if more or int(self._socket.get(zmq.EVENTS)) & wanted:
             self._pump_soon()

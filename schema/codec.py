@@ -72,10 +72,13 @@ def encode(
     if cls not in CODES:
         raise Malformed(f"a {cls.__name__} is no message: use one of {', '.join(kind.__name__ for kind in CODES)}")
     routing_fields, body_fields, _ = plan(cls)
-    routing = _packed(
-        [_checked(name, check, getattr(message, name)) for name, check, _ in routing_fields], "routing", MAX_ROUTING
-    )
-    values = {name: _checked(name, check, getattr(message, name)) for name, check, _ in body_fields}
+    try:
+        routed = [check(getattr(message, name)) for name, check, _ in routing_fields]
+        values = {name: check(getattr(message, name)) for name, check, _ in body_fields}
+    except Malformed as error:
+        broken = (name for name, check, _ in (*routing_fields, *body_fields) if _refuses(check, getattr(message, name)))
+        raise Malformed(f"{next(broken)}: {error.message}") from None
+    routing = _packed(routed, "routing", MAX_ROUTING)
     inline, frames, descriptors = _lay_out(getattr(message, TENSORS, ()))
     if descriptors:
         values[TENSORS] = descriptors
@@ -310,3 +313,11 @@ def _checked(name: str, check: Check, value: Any) -> Any:
         return check(value)
     except Malformed as error:
         raise Malformed(f"{name}: {error.message}") from None
+
+
+def _refuses(check: Check, value: Any) -> bool:
+    try:
+        check(value)
+    except Malformed:
+        return True
+    return False

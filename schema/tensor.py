@@ -1,6 +1,5 @@
 """Tensors as they travel: (dtype, shape, buffer). Ducks on numpy and torch objects; imports no torch."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ DTYPES: dict[str, tuple[str, int]] = {
 }
 MAX_EXTENT = 1 << 48  # bytes an empty tensor would have with its zeros as ones: numpy and torch overflow beyond 2^63
 _NAMES = {numpy_name: name for name, (numpy_name, _) in DTYPES.items() if name != "bf16"} | {"bfloat16": "bf16"}
+_NATIVE = {np.dtype(numpy_name): name for name, (numpy_name, _) in DTYPES.items() if name != "bf16"}  # found sooner
 
 
 class Tensor:
@@ -62,6 +62,9 @@ class Tensor:
         array.flags.writeable = False
         return array
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return np.array(self.numpy(), dtype=dtype) if copy else np.asarray(self.numpy(), dtype=dtype)
+
     def __repr__(self) -> str:
         return f"Tensor({self.dtype}, {list(self.shape)})"
 
@@ -83,7 +86,7 @@ def tensor_of(value: Any) -> Tensor:
 
 def _checked(tensor: Tensor) -> Tensor:
     """A Tensor that somebody else built, its buffer seen as bytes."""
-    size = checked_size(tensor.dtype, list(tensor.shape))
+    size = checked_size(tensor.dtype, tuple(tensor.shape))
     try:
         view = memoryview(tensor.buffer)
         buffer = view.cast("B") if view.nbytes else b""
@@ -95,15 +98,18 @@ def _checked(tensor: Tensor) -> Tensor:
 
 
 def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
-    name = _NAMES.get(array.dtype.name)
+    name = _NATIVE.get(array.dtype) or _NAMES.get(array.dtype.name)
     if name is None:
         raise Malformed(f"dtype {array.dtype} does not travel: cast to one of {', '.join(DTYPES)}")
-    checked_size(name, list(array.shape))
+    shape = array.shape
+    if not checked_size(name, shape):
+        return Tensor(name, shape, b"")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    shape = array.shape  # taken first: ascontiguousarray makes a scalar one-dimensional
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return Tensor(name, shape, flat.view(np.uint8).data if flat.size else b"")
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    view = array.data if name != "bf16" else array.view(np.uint16).data  # its buffer has a format of its own
+    return Tensor(name, shape, view.cast("B"))
 
 
 def _from_torch(value: Any) -> Tensor:
@@ -113,7 +119,7 @@ def _from_torch(value: Any) -> Tensor:
     if value.is_nested or value.is_meta or str(value.layout) != "torch.strided":
         raise Malformed("a nested, sparse or meta tensor does not travel: make it a dense one")
     shape = tuple(value.shape)
-    size = checked_size(name, list(shape))
+    size = checked_size(name, shape)
     if not size:
         return Tensor(name, shape, b"")
     value = value.detach().resolve_neg().cpu().contiguous()
@@ -136,13 +142,15 @@ def checked_size(dtype: Any, shape: Any) -> int:
     """
     if type(dtype) is not str or dtype not in DTYPES:
         raise Malformed(f"a tensor has an unknown dtype: use one of {', '.join(DTYPES)}")
-    if type(shape) is not list or len(shape) > MAX_DIMS:
+    if type(shape) not in (list, tuple) or len(shape) > MAX_DIMS:
         raise Malformed(f"a tensor must have at most {MAX_DIMS} dimensions: reshape it")
-    if not all(type(size) is int and 0 <= size <= MAX_MESSAGE for size in shape):
-        raise Malformed(f"a tensor has a dimension that is not between 0 and {MAX_MESSAGE}")
-    itemsize = DTYPES[dtype][1]
-    size = math.prod(shape) * itemsize
-    if size > MAX_MESSAGE or math.prod([n or 1 for n in shape]) * itemsize > MAX_EXTENT:
+    size = extent = DTYPES[dtype][1]
+    for count in shape:
+        if type(count) is not int or not 0 <= count <= MAX_MESSAGE:
+            raise Malformed(f"a tensor has a dimension that is not between 0 and {MAX_MESSAGE}")
+        size *= count
+        extent *= count or 1
+    if size > MAX_MESSAGE or extent > MAX_EXTENT:
         raise Malformed(
             f"a tensor of shape {shape} is more than the {MAX_MESSAGE} bytes of a message: send it in parts"
         )

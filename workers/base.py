@@ -54,6 +54,8 @@ class Worker:
         stall_limit: seconds without progress, with work in hand, after which it counts as hung.
         max_batch: above 1, `handle_batch` is called with up to so many requests at once.
         max_wait: seconds that a batch waits to fill.
+        identity: what it serves, in a short text; known once `start` is done. Beside workers of one service that say
+            something else here it is refused: they would not answer alike. Empty: not told, and not compared.
     """
 
     service: str = ""
@@ -62,6 +64,7 @@ class Worker:
     stall_limit: float = 30.0
     max_batch: int = 1
     max_wait: float = 0.0
+    identity: str = ""
     labels: ClassVar[dict[str, Any]] = {}
     host: "Host"
 
@@ -79,9 +82,11 @@ class Worker:
     def handle(self, request: Request) -> Awaitable[Answer] | AsyncIterator[Answer]:
         """Serves a request: a coroutine that returns its answer, or an async generator whose yields are parts.
 
+        A plain method that returns a future does as well.
+
         An answer is None, a map, or a pair of a map and a list of tensors, which must not change afterwards: large ones
-        are sent from where they lie. When the asker gives up, the coroutine
-        is cancelled. What it raises reaches the asker: ralmq errors as they are, others as WorkerFailed.
+        are sent from where they lie. When the asker gives up, the coroutine is cancelled. What it raises reaches the
+        asker: ralmq errors as they are, others as WorkerFailed.
         """
         raise NotImplementedError(f"{type(self).__name__} has no handle()")
 

@@ -23,19 +23,16 @@ class Batcher:
         self._task: asyncio.Task[None] | None = None
         self._call: asyncio.Task[Any] | None = None
 
-    async def submit(self, request: Request) -> Answer:
+    def submit(self, request: Request) -> asyncio.Future[Answer]:
         """The answer to one request, computed with others; cancelled, the others go on."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
+        future.add_done_callback(self._given_up)
         self._waiting[future] = request
         self._arrived.set()
         if self._task is None or self._task.done():
             self._task = loop.create_task(self._run())
-        try:
-            return await future
-        finally:
-            if future.cancelled():
-                self._given_up(future)
+        return future
 
     async def close(self) -> None:
         """Ends what is being served."""
@@ -46,6 +43,8 @@ class Batcher:
             await asyncio.wait(tasks)
 
     def _given_up(self, future: asyncio.Future[Answer]) -> None:
+        if not future.cancelled():
+            return
         self._waiting.pop(future, None)
         if future in self._served and self._call is not None and all(other.done() for other in self._served):
             self._call.cancel()  # nobody waits for any of the answers

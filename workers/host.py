@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from ..schema.limits import MAX_ACTIVE
 from ..schema.message import Active, Beat, Bye, Cancel, Credit, Error, Gone, Hello, Partial, Release
 from ..schema.message import Final as End
 from ..schema.message import Request as Asked
-from .base import ELSEWHERE, Request, Worker, answer_parts
+from .base import ELSEWHERE, Answer, Request, Worker, answer_parts
 from .batching import Batcher
 
 log = logging.getLogger("ralmq.worker")
@@ -33,7 +33,7 @@ class Job:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.task: asyncio.Task[End | None] | None = None
+        self.task: asyncio.Future[Answer] | None = None
         self._more = asyncio.Event()
 
     def grant(self, until: int) -> None:
@@ -79,7 +79,7 @@ class Host:
         self._context = context
         self._keys = keys
         self._jobs: dict[Key, Job] = {}
-        self._tasks: set[asyncio.Task[End | None]] = set()  # those that the broker has forgotten, too
+        self._tasks: set[asyncio.Future[Answer]] = set()  # those that the broker has forgotten, too
         self._turns = 0
         self._closed = False
         self._asked_to_leave = asked_to_leave
@@ -111,7 +111,7 @@ class Host:
             capacity=max(self.worker.capacity, self.worker.max_batch),
             idempotent=self.worker.idempotent,
             stall_ms=int(self.worker.stall_limit * 1000),
-            labels=self.worker.labels,
+            labels=self._labels(),
             span=self.worker.span,
         )
         self.link = Link(
@@ -158,6 +158,10 @@ class Host:
             await self.worker.stop()
 
     # -- inside
+
+    def _labels(self) -> dict[str, Any]:
+        told = {"identity": self.worker.identity} if self.worker.identity else {}
+        return {**self.worker.labels, **told}
 
     def _beat(self) -> Beat:
         self._turns += 1
@@ -210,11 +214,24 @@ class Host:
         request.priority, request.wait = asked.priority, asked.wait_ms / 1000
         job = Job(request)
         self._jobs[prefix.id, prefix.attempt] = job
-        job.task = loop.create_task(self._answer(job))
+        job.task = self._begun(job)
         self._tasks.add(job.task)
         job.task.add_done_callback(lambda task: self._done(job, task))
 
-    def _done(self, job: Job, task: asyncio.Task[End | None]) -> None:
+    def _begun(self, job: Job) -> asyncio.Future[Answer]:
+        """The future of the answer: a task, or what gathers a batch, which needs none for each request."""
+        if self._batcher is not None:
+            return self._batcher.submit(job.request)
+        loop = asyncio.get_running_loop()
+        try:
+            answer = self.worker.handle(job.request)
+        except Exception as error:
+            failed: asyncio.Future[Answer] = loop.create_future()
+            failed.set_exception(error)
+            return failed
+        return answer if isinstance(answer, asyncio.Future) else loop.create_task(self._answer(job, answer))
+
+    def _done(self, job: Job, task: asyncio.Future[Answer]) -> None:
         """The one end of a job; a callback, since a task that is cancelled before its first step runs no code."""
         self._tasks.discard(task)
         request = job.request
@@ -231,26 +248,26 @@ class Host:
             text = f"the answer of {self.kind} cannot travel: {reason}"
             self.link.send(Error(WorkerFailed.code, text), id=key[0], attempt=key[1])
 
-    def _ending(self, request: Request, task: asyncio.Task[End | None]) -> End | Error | None:
+    def _ending(self, request: Request, task: asyncio.Future[Answer]) -> End | Error | None:
         if task.cancelled():
             return Error(RequestCancelled.code, "cancelled")
         error = task.exception()
         if error is None:
-            return task.result()
+            answer = task.result()
+            try:
+                return None if answer is ELSEWHERE else End(*answer_parts(answer))
+            except TypeError as wrong:
+                error = wrong
         if isinstance(error, RalmqError):
             return Error(error.code, error.message, int(error.retry_after * 1000), error.worker)
         log.error("%s failed in request %s", self.kind, request.id.hex(), exc_info=error)
         text = f"{self.kind} failed: {type(error).__name__}: {error}"
         return Error(WorkerFailed.code, f"{text[:1900]} (its log has the place)")
 
-    async def _answer(self, job: Job) -> End | None:
+    async def _answer(self, job: Job, answer: Awaitable[Answer] | AsyncIterator[Answer]) -> Answer:
         request = job.request
-        if self._batcher is not None:
-            return End(*answer_parts(await self._batcher.submit(request)))
-        answer = self.worker.handle(request)
         if not isinstance(answer, AsyncIterator):
-            ended = await answer
-            return None if ended is ELSEWHERE else End(*answer_parts(ended))
+            return await answer
         sequence = 0
         async with contextlib.aclosing(answer) as parts:  # type: ignore[type-var]
             async for part in parts:
@@ -259,7 +276,7 @@ class Host:
                 sequence += 1
                 if not sequence % TURN:
                     await asyncio.sleep(0)
-        return End(request.ending)
+        return request.ending
 
     def _send_part(self, request: Request, sequence: int, part: Partial) -> None:
         try:
