@@ -58,10 +58,18 @@ def search(
     index: Annotated[str, typer.Argument(metavar="INDEX", help="Name of a served index.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="Text, or a .npy file of float32 [queries, d].")],
     k: Annotated[int, typer.Option("--k", min=1, help="Neighbours of each query.")] = 10,
-    nprobe: Annotated[int | None, typer.Option("--nprobe", min=1, help="Lists of an IVF index to look at.")] = None,
-    ef: Annotated[int | None, typer.Option("--ef", min=1, help="Candidates that an HNSW index keeps.")] = None,
+    nprobe: Annotated[
+        int | None,
+        typer.Option("--nprobe", min=1, help="Lists of an IVF index to look at.  [default: the server's, 8]"),
+    ] = None,
+    ef: Annotated[
+        int | None,
+        typer.Option("--ef", min=1, help="Candidates that an HNSW index keeps.  [default: the server's, 64]"),
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Compare with every vector, as it is stored.")] = False,
     filter: Annotated[
-        str | None, typer.Option("--filter", metavar="JSON", help='Which payloads count: \'{"lang": "de"}\'.')
+        str | None,
+        typer.Option("--filter", metavar="JSON", help='Which payloads count: \'{"lang": "de"}\'.  [default: all]'),
     ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Do without shards that are lost or late.")] = False,
     deadline: Annotated[float, typer.Option("--deadline", metavar="SECONDS", help="When it must have ended.")] = 30.0,
@@ -75,8 +83,8 @@ def search(
         what = "float32 [queries, d]"
         fault = f"holds no vectors; save {what} or [d]"
         asked = read_array(Path(query).expanduser(), "fiu", (1, 2), what, fault)
-    options = {"k": k, "nprobe": nprobe, "ef": ef, "partial": partial, "deadline": deadline}
-    hits = run(_search(broker, index, asked, {**options, "filter": _filter(filter)}))
+    options = {"k": k, "nprobe": nprobe, "ef": ef, "exact": exact, "partial": partial, "deadline": deadline}
+    hits, metric = run(_search(broker, index, asked, {**options, "filter": _filter(filter)}))
     if as_json:
         found = {"ids": hits.ids.tolist(), "distances": hits.distances.tolist(), "payloads": hits.payloads}
         print_json({**found, "shards": list(hits.shards)})
@@ -86,7 +94,10 @@ def search(
     from .tables import hits_table
 
     console = Console()
-    console.print(hits_table(hits.payloads, hits.ids, hits.distances))
+    if (hits.ids < 0).all():
+        console.print("nothing found")
+    else:
+        console.print(hits_table(hits.payloads, hits.ids, hits.distances, metric))
     if hits.coverage < 1:
         console.print(f"shards {hits.shards[0]}/{hits.shards[1]}: the others gave no answer, see `ralmq status`")
 
@@ -98,11 +109,26 @@ async def _status(url: str) -> dict[str, Any]:
         return await client.status()
 
 
-async def _search(url: str, index: str, query: Any, options: dict[str, Any]) -> "Hits":
+async def _search(url: str, index: str, query: Any, options: dict[str, Any]) -> "tuple[Hits, str]":
+    """What was found, and the metric of its distances."""
     from ..client.client import connect
 
     async with connect(url) as client:
-        return await client.search(index, query, **options)
+        info = (await client.request(f"search:{index}", {"info": True}, deadline=options["deadline"])).body
+        _check_query(index, info, isinstance(query, str))
+        return await client.search(index, query, **options), str(info.get("metric", "l2"))
+
+
+def _check_query(index: str, info: dict[str, Any], text: bool) -> None:
+    """Refuses a query of the kind that the index cannot be asked with."""
+    if info.get("kind") == "text":
+        if not text:
+            raise Refused(f"{index} is an index of texts: ask it with words, not with a .npy file")
+    elif text and not (info.get("encoder") or info.get("model")):
+        raise Refused(
+            f"{index} holds vectors and names no encoder of texts: ask it with a .npy file of float32 "
+            f"[queries, {info.get('d')}], or build it with --encoder"
+        )
 
 
 def _filter(text: str | None) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ import json
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from ..schema.address import DEFAULT_BROKER
 from ..schema.errors import Refused
@@ -48,7 +49,7 @@ def generate(
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Prompts of the file at a time.")] = 8,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Tokens to generate at most.")] = None,
     min_tokens: Annotated[int | None, typer.Option("--min-tokens", help="No end before so many.")] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", help="0, the default, is greedy.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Sample from the k likeliest alone.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", help="Sample from so much probability alone.")] = None,
     min_p: Annotated[float | None, typer.Option("--min-p", help="Of at least that share of the likeliest.")] = None,
@@ -56,7 +57,7 @@ def generate(
     presence_penalty: Annotated[float | None, typer.Option(help="Off logits of tokens generated.")] = None,
     frequency_penalty: Annotated[float | None, typer.Option(help="The same for each time.")] = None,
     logit_bias: Annotated[list[str] | None, typer.Option(metavar="ID=VALUE", help="Repeatable.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same one, the same text.  [default: drawn]")] = None,
     n: Annotated[int | None, typer.Option("-n", "--n", min=1, max=64, help="So many texts.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="A text that ends it; may be repeated.")] = None,
     stop_ids: Annotated[list[int] | None, typer.Option("--stop-id", help="A token that ends it; repeatable.")] = None,
@@ -72,14 +73,15 @@ def generate(
     interval: Annotated[int | None, typer.Option("--interval", help="Retrieve each so many tokens.")] = None,
     staleness: Annotated[int | None, typer.Option("--staleness", help="Use the answer of so many tokens ago.")] = None,
     k: Annotated[int | None, typer.Option("--k", help="Neighbours of each retrieval.")] = None,
-    nprobe: Annotated[int | None, typer.Option("--nprobe", help="Lists of the index to look at.")] = None,
+    nprobe: Annotated[int | None, typer.Option("--nprobe", help="Lists of the index to look at.  [default: 8]")] = None,
     knn_lambda: Annotated[float | None, typer.Option("--knn-lambda", help="Share of the neighbours, 0 to 1.")] = None,
     knn_temperature: Annotated[float | None, typer.Option("--knn-temperature", help="Flattens distances.")] = None,
     ngram_lambda: Annotated[float | None, typer.Option("--ngram-lambda", help="Share of the counts, 0 to 1.")] = None,
     order: Annotated[int | None, typer.Option("--order", metavar="N", help="Tokens of an n-gram.")] = None,
     stride: Annotated[int | None, typer.Option("--stride", help="Passages anew each so many tokens.")] = None,
     template: Annotated[
-        str | None, typer.Option("--template", metavar="TEXT", help="With {passages} and {prompt}.")
+        str | None,
+        typer.Option("--template", metavar="TEXT", help="With {passages} and {prompt}.  [default: just both]"),
     ] = None,
     query_tokens: Annotated[int | None, typer.Option("--query-tokens", help="Last ones, to retrieve for.")] = None,
     deadline: Annotated[float, typer.Option("--deadline", help="Seconds until it is given up.")] = 600.0,
@@ -96,6 +98,20 @@ def generate(
     assert prompt is not None
     _one(prompt, model, options, deadline, broker, as_json)
     return None
+
+
+class WithDefaults(TyperCommand):
+    """Says in its help what an option is that is not given: the client knows, and the signature does not."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        from ..client.generation import DEFAULTS
+
+        for option in self.params:
+            value = DEFAULTS.get(option.name or "")
+            if isinstance(option, TyperOption) and isinstance(value, int | float | str) and not option.is_flag:
+                shown = f"[default: {value:g}]" if not isinstance(value, str) else f"[default: {value}]"
+                option.help = f"{(option.help or '').removesuffix(shown).rstrip()}  {shown}"
+        super().format_options(ctx, formatter)
 
 
 def _options(params: dict[str, Any]) -> dict[str, Any]:

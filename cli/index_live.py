@@ -1,27 +1,26 @@
-"""`ralmq index create | add | delete | snapshot | use`: indexes that change while they are searched. Knows no index."""
+"""`ralmq index create | delete | snapshot | use`: indexes that change while they are searched. Knows no index."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import typer
 
 from ..schema.address import DEFAULT_BROKER
-from ..schema.errors import Refused
-from .shared import Broker, Json, Keys, print_json, read_array, run
+from .shared import Broker, Json, Keys, print_json, run
 
 if TYPE_CHECKING:
     from ..client.client import Client
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a served index.")]
-Ids = Annotated[Path | None, typer.Option("--ids", metavar="FILE", help="A .npy file of int64 [n]; else it gives ids.")]
-SHOWN = 10  # ids that are printed where --json is not given
+LONG: Final = 600.0  # seconds that a snapshot, or the opening of an index, may take
+
+T = TypeVar("T")
 
 
 def register(group: typer.Typer) -> None:
     """Adds the commands to `ralmq index`."""
-    for command in (create, add, delete, snapshot, use):
+    for command in (create, delete, snapshot, use):
         group.command()(command)
 
 
@@ -34,7 +33,10 @@ def create(
         str, typer.Option("--factory", help="faiss's string: Flat, IVF1024,SQ8, HNSW32 ...; what vectors become.")
     ] = "Flat",
     encoder: Annotated[
-        str, typer.Option("--encoder", metavar="NAME", help="The service embed:NAME makes its vectors of text.")
+        str,
+        typer.Option(
+            "--encoder", metavar="NAME", help="The service embed:NAME makes its vectors of text.", show_default=False
+        ),
     ] = "",
     shards: Annotated[int, typer.Option("--shards", min=1, max=1024, help="Spread over so many servers.")] = 1,
 ) -> None:
@@ -48,30 +50,6 @@ def create(
     typer.echo(f"serve it with `ralmq worker index -o index={out}{place_said}`")
 
 
-def add(
-    name: Name,
-    vectors: Annotated[Path, typer.Argument(metavar="VECTORS", help="A .npy file of float32 [n, d].")],
-    ids: Ids = None,
-    fields: Annotated[
-        Path | None, typer.Option("--fields", metavar="FILE", help="JSON lines: the payload of each vector, a map.")
-    ] = None,
-    upsert: Annotated[bool, typer.Option("--upsert", help="Replace entries of the same ids.")] = False,
-    broker: Broker = DEFAULT_BROKER,
-    keys: Keys = None,
-    as_json: Json = False,
-) -> None:
-    """Add vectors to an index; when this returns they are on the disk and found by every search."""
-    given = _array(vectors, "f", 2, "float32 [n, d]")
-    numbers = None if ids is None else _array(ids, "iu", 1, "int64 [n]")
-    maps = None if fields is None else _maps(fields.expanduser())
-    done = _with(broker, lambda client: client.add(name, given, numbers, maps, upsert=upsert, deadline=3600)).tolist()
-    if as_json:
-        print_json({"ids": done})
-        return
-    shown = ", ".join(map(str, done[:SHOWN])) + (" ..." if len(done) > SHOWN else "")
-    typer.echo(f"{len(done)} added: {shown}")
-
-
 def delete(
     name: Name,
     ids: Annotated[list[int], typer.Argument(metavar="ID...", min=0, help="Ids to delete.")],
@@ -80,7 +58,7 @@ def delete(
     as_json: Json = False,
 ) -> None:
     """Delete entries of an index by their ids."""
-    done = _with(broker, lambda client: client.delete(name, ids))
+    done = with_client(broker, lambda client: client.delete(name, ids))
     if as_json:
         print_json({"deleted": done})
     else:
@@ -89,7 +67,14 @@ def delete(
 
 def snapshot(name: Name, broker: Broker = DEFAULT_BROKER, keys: Keys = None, as_json: Json = False) -> None:
     """Write a snapshot of an index, which others can serve; it is in the folder `snapshots` of its directory."""
-    _versions(_with(broker, lambda client: client.snapshot(name)), as_json)
+    found = with_client(broker, lambda client: _on_each(client, name, {"snapshot": True}))
+    versions = [str(body.get("version", "")) for body in found]
+    directories = [str(body.get("directory", "")) for body in found]
+    if as_json:
+        print_json({"versions": versions, "directories": directories})
+        return
+    for version, directory in zip(versions, directories, strict=True):
+        typer.echo(f"version {version}: {directory or 'in the folder snapshots of the index'}")
 
 
 def use(
@@ -99,43 +84,47 @@ def use(
     keys: Keys = None,
     as_json: Json = False,
 ) -> None:
-    """Put another index in the place of a served one, while it is searched."""
-    _versions(_with(broker, lambda client: client.use(name, directory)), as_json)
+    """Put another index in the place of a served one, while it is searched: one alike, of other contents."""
+    path = str(directory.expanduser().absolute())
 
+    async def both(client: "Client") -> tuple[list[dict[str, Any]], list[int]]:
+        bodies = await _on_each(client, name, {"open": path})
+        services = (await client.status())["services"]
+        return bodies, [services.get(service, {}).get("workers", 1) for service in _services(name, len(bodies))]
 
-def _versions(found: list[str], as_json: bool) -> None:
+    found, servers = with_client(broker, both)
+    versions = [str(body.get("version", "")) for body in found]
+    before = [str(body.get("before", "")) for body in found]
     if as_json:
-        print_json({"versions": found})
-    else:
-        typer.echo("version " + ", ".join(found))
+        print_json({"versions": versions, "before": before, "changed": len(found), "servers": sum(servers)})
+        return
+    for service, old, new in zip(_services(name, len(found)), before, versions, strict=True):
+        typer.echo(f"{service}: version {old} -> {new}")
+    typer.echo(f"{len(found)} of {sum(servers)} servers changed")
+    if sum(servers) > len(found):
+        typer.echo(f"the others go on with what they had: start them anew with `-o index={directory}`")
 
 
-def _with(url: str, call: "Callable[[Client], Any]") -> Any:
-    async def main() -> Any:
+async def _on_each(client: "Client", name: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the shards of an index answer, in their order; one of an index that is whole."""
+    import asyncio
+
+    info = (await client.request(f"search:{name}", {"info": True})).body
+    asked = [client.request(each, body, deadline=LONG) for each in _services(name, info.get("shards", 1))]
+    return [reply.body for reply in await asyncio.gather(*asked)]
+
+
+def _services(name: str, shards: int) -> list[str]:
+    return [f"search:{name}"] if shards == 1 else [f"search:{name}/{shard}" for shard in range(shards)]
+
+
+def with_client(url: str, call: "Callable[[Client], Awaitable[T]]") -> T:
+    """What a call of the client gives."""
+
+    async def main() -> T:
         from ..client.client import connect
 
         async with connect(url) as client:
             return await call(client)
 
     return run(main())
-
-
-def _array(path: Path, kinds: str, dimensions: int, what: str) -> Any:
-    return read_array(path.expanduser(), kinds, (dimensions,), what, f"does not hold {what}; save that")
-
-
-def _maps(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"{path}: cannot be read ({error}); name a file of JSON lines") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError):
-            fields = None
-        if not isinstance(fields, dict):
-            raise Refused(f"{path}: line {number} is no JSON map; write one for each vector")
-        found.append(fields)
-    return found

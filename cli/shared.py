@@ -75,8 +75,10 @@ def read_array(path: Path, kinds: str, dimensions: Sequence[int], what: str, fau
         found = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise Refused(f"{path}: no such file; name a .npy file of {what}") from None
-    except (OSError, ValueError) as error:
-        raise Refused(f"{path}: cannot be read as .npy ({error}); write it with numpy.save") from None
+    except OSError as error:
+        raise Refused(f"{path}: cannot be read ({error.strerror or 'not a whole file'}); see the file") from None
+    except (ValueError, EOFError):
+        raise Refused(f"{path}: cannot be read as .npy; write {what} with numpy.save") from None
     if not isinstance(found, np.ndarray) or found.ndim not in dimensions or found.dtype.kind not in kinds:
         raise Refused(f"{path}: {fault} with numpy.save")
     return found

@@ -1,13 +1,20 @@
 """The tables that commands print. Knows the fields of a status and of hits; asks nobody."""
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
     from ..schema.keys import Entry
+
+SHOWN: Final = 240  # characters of a passage
+WINDOW: Final = 16  # tokens behind a neighbour that an index gives, where its document has so many
+CUT: Final = 250  # bytes; of longer parts of a passage an index cuts the rest off
+_FIRST_WORD: Final = re.compile(r"\A\S*\s+")
+_LAST_WORD: Final = re.compile(r"\s+\S*\Z")
 
 
 def processes(pids: Mapping[str, int], url: str, status: Mapping[str, Any]) -> Table:
@@ -48,19 +55,49 @@ def keys_table(entries: Sequence["Entry"]) -> Table:
     return table
 
 
-def hits_table(found: Sequence[Sequence[Mapping[str, Any]]], ids: Any, distances: Any) -> Table:
-    """A row for each neighbour; the query's number where there are several."""
-    table = _table("neighbours", "query", "id", "distance", "document", "text")
+def hits_table(found: Sequence[Sequence[Mapping[str, Any]]], ids: Any, distances: Any, metric: str) -> Table:
+    """A row for each neighbour, the nearest first; the query's number where there are several.
+
+    Args:
+        metric: of the index: distances of "l2" are small where it is near; others are scores, which are large there.
+    """
+    several = len(ids) > 1
+    value = "distance" if metric == "l2" else "score"
+    table = _table("neighbours", *(("query",) if several else ()), "id", value, "document", "text")
     for query, payloads in enumerate(found):
+        number = (str(query),) if several else ()
+        if several and (ids[query] < 0).all():
+            table.add_row(*number, "", "", "", "nothing found")
         for payload, identity, distance in zip(payloads, ids[query], distances[query], strict=False):
             if identity < 0:
                 continue
-            text = "".join(str(payload.get(name, "")) for name in ("context", "continuation", "text"))
-            text = " ".join((text or _fields(payload)).split())
             document = str(payload.get("document", ""))
-            table.add_row(str(query), str(identity), f"{distance:.4g}", escape(document), escape(text))
+            table.add_row(
+                *number, str(identity), f"{distance:.4g}", escape(document), escape(_shortened(_passage(payload)))
+            )
         table.add_section()
     return table
+
+
+def _passage(payload: Mapping[str, Any]) -> str:
+    """The text of a payload, without the parts of words where it was cut out of its document."""
+    if "context" not in payload and "continuation" not in payload:
+        return str(payload.get("text") or _fields(payload))
+    context, text = (str(payload.get(name, "")) for name in ("context", "continuation"))
+    shown = whole = context + text
+    if payload.get("start") or len(context.encode()) > CUT:
+        shown = _FIRST_WORD.sub("… ", shown)
+    if len(payload.get("tokens", ())) - payload.get("split", 0) >= WINDOW or len(text.encode()) > CUT:
+        shown = _LAST_WORD.sub(" …", shown)
+    return shown if shown.strip("… ") else whole
+
+
+def _shortened(text: str) -> str:
+    """On one line, and cut between words."""
+    text = " ".join(text.split())
+    if len(text) <= SHOWN:
+        return text
+    return (text[:SHOWN].rpartition(" ")[0] or text[:SHOWN]) + " …"
 
 
 def _fields(payload: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ MAX_BYTES: Final = 64 << 20  # vectors of one request
 MAX_FIELDS: Final = 256 << 10  # bytes of fields of one request, whose body holds 1 MiB
 MAX_ROWS: Final = 16_384
 MAX_MAPS: Final = 4096  # of fields in one request
+LAST_ID: Final = (1 << 63) - 1
 
 
 async def add(
@@ -32,7 +33,7 @@ async def add(
         raise Refused("nothing to add: give vectors, or to an index of texts fields that hold a text each")
     given = None if vectors is None else np.atleast_2d(np.asarray(vectors, np.float32))
     count = len(given) if given is not None else len(fields or ())
-    own = None if ids is None else np.atleast_1d(np.asarray(ids, np.int64))
+    own = None if ids is None else _ids(ids)
     if own is not None and own.shape != (count,):
         raise Refused(f"ids have shape {list(own.shape)} for {count} entries; give one for each")
     if fields is not None and len(fields) != count:
@@ -59,7 +60,7 @@ async def add(
 
 async def delete(ask: Ask, index: str, layout: Layout, ids: Any, end: float) -> int:
     """Deletes ids and returns how many of them there were."""
-    given = np.unique(np.atleast_1d(np.asarray(ids, np.int64)))
+    given = np.unique(_ids(ids))
     shards = layout.shards
     counts = [0] * shards
 
@@ -75,6 +76,14 @@ async def on_each(ask: Ask, index: str, layout: Layout, body: dict[str, Any], en
     """The versions that the shards answer with, in their order: of a snapshot, or of another index in their place."""
     replies = [ask(layout.service(index, shard), body, (), end) for shard in range(layout.shards)]
     return [str(reply.body.get("version", "")) for reply in await asyncio.gather(*replies)]
+
+
+def _ids(given: Any) -> Array:
+    """int64 [n]; an empty list has no dtype of its own. Raises Refused."""
+    ids = np.atleast_1d(np.asarray(given))
+    if ids.ndim != 1 or (ids.size and (ids.dtype.kind not in "iu" or ids.max() > LAST_ID)):
+        raise Refused(f"ids are {ids.dtype} {list(ids.shape)}; give whole numbers [n], from 0 on")
+    return ids.astype(np.int64)
 
 
 def _parts(fields: Sequence[dict[str, Any]] | None, rows: Array, most: int) -> Iterator[Array]:

@@ -16,6 +16,9 @@ Ask = Callable[[str, dict[str, Any], Sequence[Any], float], Awaitable[Reply]]
 MISSING: Final = (Busy, DeadlineExceeded, NoService, WorkerFailed, WorkerLost)  # what a partial answer does without
 MARGIN: Final = 0.1  # of the time that is left: a partial answer needs it to come by its deadline
 AT_MOST: Final = 0.005  # seconds of it
+AGAIN: Final = 3  # times that a search begins anew because another version is there
+PAUSE: Final = 0.02  # seconds between two looks at shards of different versions
+SOON: Final = 1.0  # seconds in which a shard is to say its version; who does not is not waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,8 @@ class Part:
 class Fanout:
     """Searches an index, whole or in shards, with the same body and the same reply.
 
-    The layout is asked for once, and again when the index refuses: another version may have taken its place.
+    The layout is asked for once, and again when the index refuses: another version may have taken its place. While
+    shards have different versions, since one takes the other's place shard by shard, a search waits.
 
     Args:
         ask: one request: service, body, tensors, loop time by which it must have ended.
@@ -65,8 +69,11 @@ class Fanout:
         self.ask = ask
         self._known = {} if known is None else known
 
-    async def layout(self, index: str, end: float) -> Layout:
+    async def layout(self, index: str, end: float, partial: bool = False) -> Layout:
         """How the index is spread.
+
+        Args:
+            partial: where one server is late, another one is asked.
 
         Raises:
             NoService: nobody serves it.
@@ -74,7 +81,7 @@ class Fanout:
         """
         known = self._known.get(index)
         if known is None:
-            known = self._known[index] = await self._asked(index, end)
+            known = self._known[index] = await self._asked(index, end, partial)
         return known
 
     async def search(
@@ -90,26 +97,48 @@ class Fanout:
             RalmqError: as the index answers.
         """
         known = index in self._known
-        layout = await self.layout(index, end)
-        try:
-            return await self._searched(index, layout, body, tensors, end, partial)
-        except (NoService, Refused):
-            self._known.pop(index, None)
-            if not known:
-                raise
-            again = await self.layout(index, end)
-            if again.same(layout):
-                raise
-        return await self._searched(index, again, body, tensors, end, partial)
+        layout = await self.layout(index, end, partial)
+        for _ in range(AGAIN):
+            try:
+                return await self._searched(index, layout, body, tensors, end, partial)
+            except (NoService, Refused):
+                self._known.pop(index, None)
+                if not known and layout.shards == 1:
+                    raise
+                again = await self._agreed(index, end, partial)
+                if again.same(layout):
+                    raise
+                layout = again
+        return await self._searched(index, layout, body, tensors, end, partial)
 
-    async def _asked(self, index: str, end: float) -> Layout:
-        info = (await self.ask(f"search:{index}", {"info": True}, (), end)).body
+    async def _agreed(self, index: str, end: float, partial: bool) -> Layout:
+        """How the index is spread by now, once all shards that answer have its version."""
+        loop = asyncio.get_running_loop()
+        while True:
+            layout = await self.layout(index, end, partial)
+            if layout.shards == 1:
+                return layout
+            soon = min(end, loop.time() + SOON)
+            asked = [self.ask(layout.service(index, shard), {"info": True}, (), soon) for shard in range(layout.shards)]
+            replies = await asyncio.gather(*asked, return_exceptions=True)
+            others = {reply.body.get("version") for reply in replies if isinstance(reply, Reply)}
+            if others <= {layout.info.get("version")}:
+                return layout
+            self._known.pop(index, None)
+            if loop.time() + PAUSE >= end:
+                raise DeadlineExceeded(
+                    f"the shards of {index} have different versions: put one in the place of all with `ralmq index use`"
+                )
+            await asyncio.sleep(PAUSE)
+
+    async def _asked(self, index: str, end: float, partial: bool) -> Layout:
+        info = (await self._any(index, {"info": True}, (), end, partial)).body
         shards = info.get("shards", 1)
         if type(shards) is not int or shards < 1:
             raise WorkerFailed(f"search:{index} does not say how many shards it has: is another program serving it?")
         owners = None
         if shards > 1 and info.get("by") == "list":
-            reply = await self.ask(f"search:{index}", {"owners": True}, (), end)
+            reply = await self._any(index, {"owners": True}, (), end, partial)
             owners = reply.tensors[0].numpy()
         return Layout(shards, owners, info)
 
@@ -124,7 +153,7 @@ class Fanout:
         widened = "filter" in body and "nprobe" not in body  # shards look into more lists than `assign` names
         if layout.owners is not None and not body.get("exact") and not widened:
             if not body.get("lists"):
-                probed = {"assign": True, **({"nprobe": body["nprobe"]} if "nprobe" in body else {})}
+                probed = {"assign": True} | {name: body[name] for name in ("nprobe", "version") if name in body}
                 assigned = await self._any(index, probed, tensors, end, partial)
                 tensors = [tensors[0], *(tensor.numpy() for tensor in assigned.tensors)]
                 body = {**body, "lists": True}
@@ -172,8 +201,17 @@ class Fanout:
 
 
 def owned(layout: Layout, index: str, queries: Array, lists: Array, coarse: Array) -> list[Part]:
-    """What each shard is asked where lists were spread: the rows that probe a list of its own, others' lists as -1."""
+    """What each shard is asked where lists were spread: the rows that probe a list of its own, others' lists as -1.
+
+    Raises:
+        Refused: they are no lists of this index.
+    """
     assert layout.owners is not None
+    if lists.dtype != np.int64 or lists.ndim != 2 or len(lists) != len(queries) or coarse.shape != lists.shape:
+        said = f"list ids are {lists.dtype} {list(lists.shape)}, coarse distances {list(coarse.shape)}"
+        raise Refused(f"{said}; send int64 and float32 [{len(queries)}, nprobe]")
+    if lists.size and (lists.min() < -1 or lists.max() >= len(layout.owners)):
+        raise Refused(f"list ids leave the index; send -1 (none) to {len(layout.owners) - 1}")
     owner = np.where(lists >= 0, layout.owners[np.maximum(lists, 0)], -1)
     parts: list[Part] = []
     for shard in range(layout.shards):

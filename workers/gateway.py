@@ -33,7 +33,7 @@ RECENT: Final = 1.0  # seconds for which the version of an index is taken to be 
 WAIT: Final = 10.0  # seconds that a request waits for an index whose server is away
 MAX_K: Final = 1024
 MAX_PROBES: Final = 65_536
-MAX_NUMBERS: Final = 1 << 24  # float32 of one request: 64 MiB
+MAX_NUMBERS: Final = 1 << 24  # float32 of one request, and list ids: 64 MiB and 128 MiB
 
 Array = np.ndarray[Any, Any]
 
@@ -65,7 +65,7 @@ class Format:
         *given, nprobe, k = struct.unpack(">4I", head) if self.lists else (0, *struct.unpack(">I", head))
         if self.lists and given != [self.batch, self.d]:
             raise _Foreign(f"a batch of {given[0]} x {given[1]} came, {self.batch} x {self.d} is served")
-        if self.lists and not 1 <= nprobe <= MAX_PROBES:
+        if self.lists and not 1 <= nprobe <= min(MAX_PROBES, MAX_NUMBERS // self.batch):
             raise _Foreign(f"nprobe is {nprobe}")
         if not 1 <= k <= MAX_K or (self.k and k != self.k):
             raise _Foreign(f"k is {k}, {self.k or f'1 to {MAX_K}'} is served")

@@ -66,13 +66,13 @@ class Shards:
             return Reply(dict(self.info))
         if body.get("owners"):
             return Reply({}, (tensor_of(self.owners),))
+        if body.get("version", self.info["version"]) != self.info["version"]:
+            raise Refused("no such version")
         if body.get("assign"):
             lists, coarse = self._nearest(arrays[0], self.centroids, body.get("nprobe", 2))
             return Reply({}, (tensor_of(lists), tensor_of(coarse.astype(np.float32))))
         if "/" not in service and self.info["shards"] > 1:
             raise Refused("ask its shards")
-        if body.get("version", self.info["version"]) != self.info["version"]:
-            raise Refused("no such version")
         shard = int(service.rpartition("/")[2]) if "/" in service else 0
         mine = self.of == shard if self.info["shards"] > 1 else np.ones(200, bool)
         lists = arrays[1] if body.get("lists") else None
@@ -194,6 +194,88 @@ def test_another_version_is_found_without_an_error(before: tuple[int, str], afte
 
     for reply, made in zip(asyncio.run(run()), (first, second), strict=True):
         assert np.array_equal(reply.tensors[0].numpy(), made.whole(queries(), 10)[0])
+
+
+@pytest.mark.parametrize("by", ["rows", "list"])
+def test_a_search_waits_while_shards_have_different_versions(by: str) -> None:
+    """Shard 0 comes first, the others one look later each; `search:docs` is answered by shard 0, or by the last one."""
+    first, second = Shards(4, by=by), Shards(4, by=by, version="v2")
+    second.vectors = second.vectors[::-1].copy()
+    second.list = second._nearest(second.vectors, second.centroids, 1)[0][:, 0]
+    second.of = second.owners[second.list] if by == "list" else second.of
+
+    async def run(whole: int) -> list[Reply]:
+        end, done, looks = asyncio.get_running_loop().time() + 5.0, 0, 0
+
+        async def ask(service: str, body: dict[str, Any], tensors: Sequence[Any], until: float) -> Reply:
+            nonlocal done, looks
+            shard = int(service.rpartition("/")[2]) if "/" in service else whole
+            looks += "/" in service and bool(body.get("info"))
+            if done:
+                done = max(done, min(4, looks // 4))
+            return await (second if shard < done else first).ask(service, body, tensors, until)
+
+        fanout = Fanout(ask)
+        found = [await fanout.search("docs", {"k": 10, "nprobe": 2}, [queries()], end)]
+        done = 1
+        found.append(await fanout.search("docs", {"k": 10, "nprobe": 2}, [queries()], end))
+        assert done == 4 and looks >= 16
+        return found
+
+    for whole in (0, 3):
+        for reply, made in zip(asyncio.run(run(whole)), (first, second), strict=True):
+            lists = made._nearest(queries(), made.centroids, 2)[0] if by == "list" else None
+            assert np.array_equal(reply.tensors[0].numpy(), made.whole(queries(), 10, lists)[0])
+
+
+@pytest.mark.parametrize(
+    ("lists", "said"),
+    [
+        (np.full((7, 2), LISTS), f"leave the index; send -1 .none. to {LISTS - 1}"),
+        (np.full((7, 2), -2), "leave the index"),
+        (np.zeros((6, 2), np.int64), r"send int64 and float32 \[7, nprobe\]"),
+        (np.zeros((7, 2)), "list ids are float64"),
+        (np.zeros(7, np.int64), r"list ids are int64 \[7\]"),
+    ],
+)
+def test_lists_that_the_index_has_not_are_refused(lists: Array, said: str) -> None:
+    given = [queries(), lists, np.zeros(lists.shape, np.float32)]
+    with pytest.raises(Refused, match=said):
+        search(Shards(2, by="list"), {"k": 5, "lists": True}, given)
+
+
+def test_shards_that_stay_of_different_versions_are_an_error_that_says_so() -> None:
+    first, second = Shards(2), Shards(2, version="v2")
+
+    async def run() -> Reply:
+        async def ask(service: str, body: dict[str, Any], tensors: Sequence[Any], until: float) -> Reply:
+            return await (second if service.endswith("/1") else first).ask(service, body, tensors, until)
+
+        return await Fanout(ask).search("docs", {"k": 5}, [queries()], asyncio.get_running_loop().time() + 0.3)
+
+    with pytest.raises(DeadlineExceeded, match="different versions: put one in the place of all"):
+        asyncio.run(run())
+
+
+@pytest.mark.parametrize("by", ["rows", "list"])
+def test_a_late_server_is_no_error_to_a_first_partial_search(by: str) -> None:
+    """The very first question, how the index is spread, may come to the shard that stands still."""
+    made, asked = Shards(4, by=by), 0
+    made.late.add("search:docs/2")
+
+    async def run() -> Reply:
+        async def ask(service: str, body: dict[str, Any], tensors: Sequence[Any], until: float) -> Reply:
+            nonlocal asked
+            asked += service == "search:docs"
+            first = service == "search:docs" and asked == 1
+            return await made.ask("search:docs/2" if first else service, body, tensors, until)
+
+        end = asyncio.get_running_loop().time() + 0.6
+        return await Fanout(ask).search("docs", {"k": 10, "nprobe": LISTS}, [queries()], end, partial=True)
+
+    reply = asyncio.run(run())
+    assert reply.body["shards"] == [3, 4]
+    assert np.array_equal(reply.tensors[0].numpy(), made._among(queries(), 10, None, made.of != 2)[0])
 
 
 def test_shards_that_answer_in_another_shape_are_found_out() -> None:

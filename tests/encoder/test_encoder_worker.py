@@ -1,6 +1,7 @@
 """The worker `encoder` behind the real broker, in one process."""
 
 import asyncio
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,33 @@ def test_directories_that_are_refused(tmp_path: Path) -> None:
     (path / "model.safetensors").unlink()
     with pytest.raises(Refused, match=r"holds no \*.safetensors file"):
         asyncio.run(Encoder(model=str(path)).start())
+
+
+def test_copies_are_replicas_and_other_models_are_not(tmp_path: Path) -> None:
+    """What an encoder says of itself beside others of its name: weights, tokenizer, and how it pools."""
+    path = write(tmp_path / "mini")
+    copy = shutil.copytree(path, tmp_path / "copy")
+    tuned = shutil.copytree(path, tmp_path / "tuned")
+    weights = bytearray((tuned / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tuned / "model.safetensors").write_bytes(weights)
+    spoken = shutil.copytree(path, tmp_path / "spoken")
+    (spoken / "tokenizer.json").write_text((spoken / "tokenizer.json").read_text() + "\n")
+
+    async def identity(place: Path, **options: Any) -> str:
+        encoder = Encoder(model=str(place), name="mini", **options)
+        await encoder.start()
+        await encoder.stop()
+        return encoder.identity
+
+    async def main() -> None:
+        own = await identity(path)
+        assert own == await identity(copy, batch=4) and own.startswith("encoder ") and own.endswith(", mean")
+        others = [await identity(tuned), await identity(spoken), await identity(path, pooling="cls")]
+        assert len({own, *others, await identity(path, normalize=False)}) == 5
+        async with cluster(Encoder(model=str(path)), inproc=True) as running:
+            with pytest.raises(Refused, match=r"embed:mini is served by encoder-.*give this one a name"):
+                await running.worker(Encoder(model=str(tuned), name="mini"))
+            await running.worker(Encoder(model=str(copy), name="mini"))
+
+    asyncio.run(main())

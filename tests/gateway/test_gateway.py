@@ -144,6 +144,14 @@ def bad_streams(index: Any) -> list[bytes]:
     ]
 
 
+def test_a_request_has_so_many_lists_as_fit_in_memory() -> None:
+    shape = module.Format(batch=4096, d=4, k=0, lists=True)
+    most = module.MAX_NUMBERS // 4096
+    assert shape.sizes(struct.pack(">4I", 4096, 4, most, 10)) == (most, 10)
+    with pytest.raises(module._Foreign, match="nprobe is"):
+        shape.sizes(struct.pack(">4I", 4096, 4, most + 1, 10))
+
+
 def test_nonsense_ends_its_own_connection_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
     index = inverted()
 

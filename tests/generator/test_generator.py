@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inprocess import cluster as in_process
 from ralmq.client.client import Client
 from ralmq.errors import NoService, RalmqError, Refused
+from ralmq.workers.base import Request, Worker
 from ralmq.workers.datastore.build import build_datastore
 from ralmq.workers.datastore.sources import Document
-from ralmq.workers.generator.worker import Generator
+from ralmq.workers.generator.worker import EMBEDDED, MAX_TEXTS, Generator
 from ralmq.workers.index.query import Params
 from ralmq.workers.index.store import open_index
 from ralmq.workers.options import build
@@ -177,6 +179,30 @@ def test_wrong_requests_say_what_to_mend(model: Path) -> None:
             await client.request("generate:other", {"prompt": "hi"})
 
     served(model, body)
+
+
+def test_texts_to_embed_leave_room_in_the_pipelines_queue(model: Path) -> None:
+    class Scores(Worker):
+        service, capacity, now, most = f"lm:{MODEL}", 1000, 0, 0
+
+        async def handle(self, request: Request) -> Any:
+            Scores.now += 1
+            Scores.most = max(Scores.most, Scores.now)
+            await asyncio.sleep(0.01)
+            Scores.now -= 1
+            yield {}, [np.full((1, 4), len(request.tensors[0].numpy()), np.float32)]
+
+    async def main() -> None:
+        async with in_process(Scores(), Generator(model=str(model), name=MODEL), inproc=True) as running:
+            client = await running.client()
+            texts = ["the quick " * (1 + place % 3) for place in range(3 * EMBEDDED)]
+            vectors = (await client.request(f"embed:{MODEL}", {"texts": texts})).tensors[0].numpy()
+            assert vectors.shape == (len(texts), 4) and (vectors[3:] == vectors[:-3]).all()
+            assert len(np.unique(vectors)) == 3 and Scores.most == EMBEDDED
+            with pytest.raises(Refused, match=f"{MAX_TEXTS + 1} of them are too many"):
+                await client.request(f"embed:{MODEL}", {"texts": ["the"] * (MAX_TEXTS + 1)})
+
+    asyncio.run(main())
 
 
 def test_leaving_early_ends_the_work(model: Path) -> None:

@@ -13,6 +13,7 @@ from engine.t5_models import greedy, states_of, t5
 from ralmq.client.client import Client
 from ralmq.errors import RalmqError, Refused
 from ralmq.workers.base import Worker
+from ralmq.workers.encoder import states
 from ralmq.workers.encoder.states import StateEncoder
 from ralmq.workers.encoder.worker import Encoder
 from ralmq.workers.generator.worker import Generator
@@ -208,7 +209,7 @@ def test_a_lost_stage_changes_no_token_and_costs_no_run(models: Callable[[str], 
 
 
 def test_what_does_not_go_together_is_refused_in_one_line(
-    models: Callable[[str], T5Model], model: Path, texts: Path
+    models: Callable[[str], T5Model], model: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = models("v1.0")[0]
 
@@ -229,7 +230,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(
         await refused(client, "give policy=encdec and no index", chunks=["a"], policy="context", retrieve="texts")
         await refused(client, "stride belongs to policy context", retrieve="texts", stride=4)
         ids = np.zeros(3, np.int32)
-        for body, states, expected in (
+        for body, given, expected in (
             ({}, [], "no chunks: m is an encoder-decoder, send its encoder's states"),
             ({}, [np.zeros((2, 5), np.float32)], r"are float32 \[2, 5\], m reads float32 \[n, 48\]"),
             ({}, [np.full((2, 48), np.nan, np.float32)], "not finite"),
@@ -238,12 +239,15 @@ def test_what_does_not_go_together_is_refused_in_one_line(
             ({"retrieve": {"index": "texts"}}, [], "policy=knn is not"),
         ):
             with pytest.raises(Refused, match=expected):
-                await client.request(f"lm:{MODEL}", body, tensors=[ids, *states])
-        for given in (None, [], "a", [[]], [1], [True]):
+                await client.request(f"lm:{MODEL}", body, tensors=[ids, *given])
+        for chunks in (None, [], "a", [[]], [1], [True]):
             with pytest.raises(Refused, match="chunks"):
-                await client.request(f"encode:{MODEL}", {"chunks": given})
+                await client.request(f"encode:{MODEL}", {"chunks": chunks})
         reply = await client.request(f"encode:{MODEL}", {"chunks": ["the dog", [5, 6]]})
         assert sum(reply.body["lengths"]) == len(reply.tensors[0].numpy()) and reply.body["lengths"][1] == 2
+        monkeypatch.setattr(states, "MAX_STATES", 4 * 48 * 7)
+        with pytest.raises(Refused, match="they have 8 tokens, an answer holds the states of 7; give fewer"):
+            await client.request(f"encode:{MODEL}", {"chunks": [[5, 6, 7, 8]] * 2})
 
     async def plain(running: Cluster) -> None:
         await refused(running.client, "m is a decoder-only model, policy=encdec needs an encoder-decoder", chunks=["a"])

@@ -10,6 +10,7 @@ import pytest
 from ralmq.schema.errors import Refused
 from ralmq.schema.tensor import tensor_of
 from ralmq.workers.base import Request
+from ralmq.workers.index.quantizer import Quantizer
 from ralmq.workers.index.query import Params
 from ralmq.workers.index.segment import Segment
 from ralmq.workers.index.store import OpenIndex, open_index
@@ -151,3 +152,25 @@ def test_list_by_list_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert calls == []
         for place in range(2):
             assert np.array_equal(together[place], np.concatenate([one[place] for one in alone]))
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,PQ32", "HNSW8"])
+def test_wide_vectors_give_the_same_bits_in_any_number(tmp_path: Path, metric: str, factory: str) -> None:
+    """From 128,000 numbers in one call on faiss computes distances in another way."""
+    rng = np.random.default_rng(8)
+    given, asked = rng.normal(size=(2, 400, 512)).astype(np.float32)
+    write_vectors(tmp_path / "w", name="w", vectors=given, factory=factory, metric=metric)
+    index = open_index(tmp_path / "w")
+    for params in (Params(k=4, nprobe=3), Params(k=4, exact=True)):
+        together, alone = (
+            index.search(asked, params),
+            [index.search(asked[row : row + 1], params) for row in range(400)],
+        )
+        for place in range(2):
+            assert np.array_equal(together[place], np.concatenate([found[place] for found in alone]))
+    if index.nlist:
+        quantizer = Quantizer(index.centroids()[0], metric)
+        lists, coarse = zip(*(quantizer.assign(asked[row : row + 1], 3) for row in range(400)), strict=True)
+        chosen = index.assign(asked, Params(nprobe=3))
+        assert np.array_equal(chosen[0], np.concatenate(lists)) and np.array_equal(chosen[1], np.concatenate(coarse))

@@ -25,7 +25,7 @@ def test_vectors_in_shards(home: Path) -> None:
     options = ("--factory", "IVF8,Flat", "--metric", "cosine", "--fields", "f.jsonl", "--encoder", "e")
     done = ralmq("index", "build", "v", "v.npy", "--out", "out", "--shards", "2", "--by", "list", *options, home=home)
     assert done.returncode == 0, done.stderr
-    assert "300 entries of 8 dimensions (IVF8,Flat)" in done.stdout and "-o shard=i/2" in done.stdout
+    assert "300 entries of 8 dimensions (IVF8,Flat, cosine)" in done.stdout and "-o shard=i/2" in done.stdout
     parts = [open_index(home / "out" / f"shard-{shard}") for shard in range(2)]
     info = parts[1].info()
     assert (info["metric"], info["encoder"], info["shard"], info["by"]) == ("cosine", "e", 1, "list")
@@ -41,11 +41,15 @@ def test_words(home: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("a.txt",), "texts with --model, texts with --text, or one .npy file"),
+        (("a.txt",), "texts with one of --model, --encoder and --text, or one .npy file"),
+        (("a.txt", "--text", "--encoder", "e"), "texts with one of --model, --encoder and --text"),
         (("v.npy", "a.txt"), "or one .npy file"),
         (("v.npy", "--text"), "or one .npy file"),
-        (("a.txt", "--text", "--fields", "f.jsonl"), "belong to a .npy file"),
-        (("a.txt", "--text", "--shards", "2"), "are of vectors"),
+        (("a.txt", "--text", "--fields", "f.jsonl"), "--fields: of a .npy file of vectors alone"),
+        (("a.txt", "--text", "--shards", "2", "--metric", "ip"), "--metric and --shards: of an index of vectors alone"),
+        (("a.txt", "--text", "--max-tokens", "9"), "--max-tokens: of --model alone"),
+        (("a.txt", "--encoder", "no/such"), "no/such: no such model directory"),
+        (("v.npy", "--encoder", "two words"), "--encoder two words: a name is 1 to 64"),
         (("v.npy", "--factory", "IVF8,PQ3"), "8 dimensions are no multiple of 3"),
         (("v.npy", "--fields", "a.txt"), "a.txt:1: is no JSON"),
         (("none.npy",), "none.npy: is no .npy file"),
@@ -55,3 +59,19 @@ def test_what_cannot_be_built(home: Path, given: tuple[str, ...], said: str) -> 
     done = ralmq("index", "build", "v", *given, "--out", "out", home=home)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     assert not (home / "out").exists()
+
+
+def test_an_index_is_replaced_where_that_is_asked_for(home: Path) -> None:
+    for given in (("v.npy", "--out", "vectors", "--shards", "2"), ("a.txt", "--text", "--out", "words")):
+        build = ("index", "build", "i", *given)
+        assert ralmq(*build, home=home).returncode == 0
+        before = {path: path.read_bytes() for path in home.rglob("manifest.json")}
+        done = ralmq(*build, home=home)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "holds an index already; add --replace" in done.stderr
+        assert {path: path.read_bytes() for path in home.rglob("manifest.json")} == before
+        assert ralmq(*build, "--replace", home=home).returncode == 0
+    (home / "mine").mkdir()
+    (home / "mine" / "letter.txt").write_text("mine")
+    done = ralmq("index", "build", "i", "v.npy", "--out", "mine", "--replace", home=home)
+    assert done.returncode == 2 and "no part of an index" in done.stderr and (home / "mine" / "letter.txt").exists()

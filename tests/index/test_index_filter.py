@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ralmq.workers.index import segment
 from ralmq.workers.index.directory import OutputError
 from ralmq.workers.index.fields import MAX_FIELDS, BadFields, dump_fields
 from ralmq.workers.index.filter import BadFilter, parse
@@ -171,3 +172,20 @@ def test_files_of_vectors_and_fields(tmp_path: Path) -> None:
             read_fields(tmp_path / "f.jsonl")
     with pytest.raises(OutputError, match="2 lines of fields for 3 vectors"):
         write_vectors(tmp_path / "v", name="v", vectors=VECTORS[:3], fields=TEXTS[:2])
+
+
+@pytest.mark.parametrize("factory", ["IVF100,Flat", "IVF100,SQ8", "HNSW16"])
+def test_what_is_allowed_is_found_though_it_lies_far_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str
+) -> None:
+    """A fifth of all entries, none of them near the queries: lists and graph lead there by widening alone."""
+    monkeypatch.setattr(segment, "FEW", 10)
+    far = np.arange(N) % 5 == 0
+    given = VECTORS + np.where(far, 50, 0).astype(np.float32)[:, None]
+    texts = [dump_fields({"far": bool(each), "few": row == 5}) for row, each in enumerate(far)]
+    write_vectors(tmp_path / "v", name="v", vectors=given, fields=texts, factory=factory)
+    index = open_index(tmp_path / "v")
+    _, (ids, _) = answer(index, {"k": 10, "filter": {"far": True}}, [QUERIES])
+    assert (ids >= 0).all() and (ids % 5 == 0).all()
+    _, (ids, _) = answer(index, {"k": 3, "filter": {"few": True}}, [QUERIES])
+    assert ids.tolist() == [[5, -1, -1]] * len(QUERIES)

@@ -1,6 +1,7 @@
 """A text index as a service: searched by name with text, changed while it is served, killed while it is changed."""
 
 import asyncio
+import contextlib
 import json
 import random
 import signal
@@ -13,8 +14,9 @@ from commands import eventually, ralmq, started
 from inprocess import Cluster, cluster
 from ralmq.client.client import connect
 from ralmq.errors import RalmqError, Refused
+from ralmq.workers.index.writer import write_vectors
 from ralmq.workers.search.worker import Index
-from ralmq.workers.texts.files import build_text
+from ralmq.workers.texts.files import build_text, is_text
 from serving import broker, free_url, worker
 
 DOCUMENTS = [
@@ -125,3 +127,54 @@ def test_from_the_command_line(tmp_path: Path) -> None:
         assert json.loads(done.stdout)["payloads"][0][0]["document"] == "texts/bread.txt"
         shown = ralmq("search", "notes", "barque", "--k", "1", "--broker", url, home=tmp_path)
         assert "two square rigged masts" in shown.stdout
+
+
+def test_files_are_added_from_the_command_line(tmp_path: Path) -> None:
+    """Texts to an index of texts, vectors to one of vectors; a line says which where it is the other."""
+    build_text(tmp_path / "notes", name="notes", documents=DOCUMENTS)
+    write_vectors(tmp_path / "plain", name="plain", vectors=np.eye(4, dtype=np.float32))
+    (tmp_path / "gulls.txt").write_text(" ".join(["gulls"] * 150))
+    (tmp_path / "lines.jsonl").write_text('{"text": "Terns dive", "by": "me"}\n{"text": "Skuas\u2028steal"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": "Terns dive"}\n{"by": "me"}\n')
+    (tmp_path / "none.jsonl").write_text("")
+    (tmp_path / "a.pdf").write_text("no text")
+    np.save(tmp_path / "v.npy", np.zeros((1, 4), np.float32))
+    np.save(tmp_path / "ids.npy", np.array([70, 80]))
+    (tmp_path / "text.npy").write_text("no array")
+    (tmp_path / "empty.npy").write_text("")
+    with running_broker(tmp_path) as url, contextlib.ExitStack() as stack:
+        for name in ("notes", "plain"):
+            (home := tmp_path / f"worker-{name}").mkdir()
+            stack.enter_context(
+                started("worker", "index", "--broker", url, "-o", f"index={tmp_path / name}", home=home)
+            )
+            eventually(lambda home=home: "serves search:" in (home / "out").read_text())
+
+        def said(*arguments: str, code: int = 0) -> str:
+            done = ralmq(*arguments, "--broker", url, home=tmp_path)
+            assert done.returncode == code and (not code or done.stderr.count("\n") == 1), done.stderr
+            return done.stderr if code else done.stdout
+
+        assert "2 added: 4, 5" in said("index", "add", "notes", "gulls.txt")
+        assert "2 added: 70, 80" in said("index", "add", "notes", "lines.jsonl", "--ids", "ids.npy")
+        found = json.loads(said("search", "notes", "gulls", "--json", "--k", "3"))
+        assert found["ids"] == [[4, 5, -1]] and found["payloads"][0][0]["document"] == "gulls.txt"
+        assert json.loads(said("search", "notes", "terns skuas", "--json", "--k", "2"))["payloads"][0][0]["by"] == "me"
+        assert said("search", "notes", "nowhere") == "nothing found\n"
+        assert "score" in (shown := said("search", "notes", "gulls")) and "distance" not in shown
+        place = said("index", "snapshot", "notes").strip().partition(": ")[2]
+        assert Path(place).parent == tmp_path / "notes" / "snapshots" and is_text(Path(place))
+        for asked, part in {
+            ("index", "add", "notes", "v.npy"): "notes is an index of texts: add a .txt or a .jsonl file",
+            ("index", "add", "notes", "bad.jsonl"): "bad.jsonl: line 2 has no text",
+            ("index", "add", "notes", "none.jsonl"): "none.jsonl: holds no line",
+            ("index", "add", "notes", "a.pdf"): "a.pdf: is no file that can be added; give .npy, .jsonl, .txt",
+            ("index", "add", "notes", "gone.txt"): "gone.txt: no such file or folder",
+            ("index", "add", "plain", "gulls.txt"): "plain holds vectors and names no encoder of texts: add a .npy",
+            ("index", "add", "plain", "text.npy"): "text.npy: cannot be read as .npy; write float32 [n, d] with",
+            ("index", "add", "plain", "empty.npy"): "empty.npy: cannot be read as .npy; write float32 [n, d] with",
+            ("search", "notes", "v.npy"): "notes is an index of texts: ask it with words, not with a .npy file",
+            ("search", "plain", "gulls"): "ask it with a .npy file of float32 [queries, 4], or build it with --encoder",
+        }.items():
+            line = said(*asked, code=2)
+            assert part in line and "pickle" not in line

@@ -68,10 +68,10 @@ async def build_datastore(
             **how,
         )
 
-    return await _in_thread(write, progress)
+    return await in_thread(write, progress)
 
 
-async def _in_thread(write: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
+async def in_thread(write: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
     """Runs `write` beside the loop; when cancelled, waits until the thread has stopped and taken its files with it."""
     stop = threading.Event()
 

@@ -1,9 +1,10 @@
 """What the workers of this room have in common: a model in a thread of its own, and a service named after it."""
 
 import asyncio
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 
@@ -12,6 +13,9 @@ from ...schema.limits import MAX_NAME
 from ..base import Worker
 from ..engine.errors import CheckpointError
 from ..models import resolve
+
+SAMPLES: Final = 8  # of each file of weights, spread over it
+SAMPLE: Final = 64 << 10  # bytes of one
 
 T = TypeVar("T")
 
@@ -52,3 +56,19 @@ class ModelWorker(Worker):
 
     async def stop(self) -> None:
         self._compute.shutdown(wait=False, cancel_futures=True)
+
+    def _fingerprint(self) -> str:
+        """16 hex digits that are equal for copies of a model's directory.
+
+        Hashes the tokenizer, and of each file of weights its name, its size and samples of its bytes: the header with
+        names and shapes among them.
+        """
+        digest = hashlib.sha256()
+        for file in (*sorted(self._path.glob("*.safetensors")), *self._path.glob("tokenizer.json")):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size} ".encode())
+            with file.open("rb") as stream:
+                for part in range(SAMPLES):
+                    stream.seek(max(0, size - SAMPLE) * part // (SAMPLES - 1))
+                    digest.update(stream.read(SAMPLE))
+        return digest.hexdigest()[:16]

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from ...schema.errors import Refused
+from ...schema.limits import MAX_MESSAGE
 from ...schema.message import Beat
 from ..base import Answer, Request
 from ..engine.t5_encoder import T5Encoder
@@ -17,6 +18,7 @@ from ..vocabulary import read_tokenizer
 from .base import ModelWorker
 
 MAX_CHUNKS: Final = 1024  # of one request
+MAX_STATES: Final = MAX_MESSAGE - (1 << 20)  # bytes of the states of one answer
 FORM: Final = "chunks: give a list of texts, or of lists of token ids that are not empty"
 
 
@@ -59,6 +61,7 @@ class StateEncoder(ModelWorker):
         if file.is_file():
             self._tokenizer = read_tokenizer(file)
             self._tokenizer.enable_truncation(self._tokens)
+        self.identity = f"t5-encoder {await self._loaded(self._fingerprint)}"
 
     def beat(self, beat: Beat) -> Beat:
         """`runs`: requests that were encoded, with so many `chunks` in all."""
@@ -96,6 +99,9 @@ class StateEncoder(ModelWorker):
             if not ids or not all(type(token) is int and 0 <= token < self._encoder.config.vocab for token in ids):
                 raise Refused(f"{FORM}, of 0 to {self._encoder.config.vocab - 1}")
             chunks.append(ids)
+        total = sum(map(len, chunks))
+        if total > (most := MAX_STATES // (4 * self._encoder.config.hidden)):
+            raise Refused(f"chunks: they have {total} tokens, an answer holds the states of {most}; give fewer at once")
         return chunks
 
     def _encoded(self, chunks: list[list[int]]) -> np.ndarray[Any, Any]:

@@ -65,6 +65,8 @@ class Encoder(ModelWorker):
         """
         self._model, self._settings = await self._loaded(self._load)
         self._tokenizer = _tokenizer(self._path / "tokenizer.json", self._settings.tokens, self._model.config.vocab)
+        scaled = "" if self._normalize else ", not normalised"
+        self.identity = f"encoder {await self._loaded(self._fingerprint)}, {self._settings.pooling}{scaled}"
 
     async def handle_batch(self, requests: list[Request]) -> list[Answer]:
         """One refused does not keep the others from their vectors."""

@@ -27,6 +27,8 @@ from .replay import Replay
 from .text import Text
 
 RETRIES = 8  # resends to a pipeline whose queue is full
+MAX_TEXTS = 4096  # of one request to be embedded
+EMBEDDED = 64  # of them that the pipeline is asked for at a time: its queue is everybody's
 
 
 class Generator(Worker):
@@ -257,11 +259,24 @@ class Generator(Worker):
         texts = request.body.get("texts")
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
             raise Refused("texts: give a list of texts that are not empty")
+        if len(texts) > MAX_TEXTS:
+            raise Refused(f"texts: {len(texts)} of them are too many; give at most {MAX_TEXTS} at once")
         tokenizer = self._needed("to embed text")
         ids = [tokenizer.encode(text).ids for text in texts]
         if not all(ids):
             raise Refused("texts: one of them has no token")
-        return {"model": self._model}, [np.stack(await asyncio.gather(*[self._state(row, request) for row in ids]))]
+        turn = asyncio.Semaphore(EMBEDDED)
+
+        async def state(row: Sequence[int]) -> Any:
+            async with turn:
+                return await self._state(row, request)
+
+        tasks = [asyncio.ensure_future(state(row)) for row in ids]
+        try:
+            return {"model": self._model}, [np.stack(await asyncio.gather(*tasks))]
+        finally:
+            for task in tasks:  # where one has failed
+                task.cancel()
 
     async def _state(self, ids: Sequence[int], request: Request) -> Any:
         """A score computes states of all tokens but the last, so one more is appended, whichever it is."""

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...schema.errors import WorkerFailed
+from ...schema.limits import MAX_TOKEN_ID
 from .filter import BadFilter, Filter
 from .manifest import ManifestError
 
 MAX_FIELDS: Final = 64 << 10  # bytes of one entry's JSON
-_CACHE: Final = 128 << 20  # bytes of bitmaps of filters that were used lately
+CACHE: Final = 128 << 20  # bytes of filters that were used lately, with what they allow
 _AT_ONCE: Final = 4096
 SCHEMA: Final = "CREATE TABLE fields (id INTEGER PRIMARY KEY, fields TEXT NOT NULL)"
 
@@ -74,9 +75,14 @@ def tokens_of(fields: Iterable[Mapping[str, Any]], width: int) -> NDArray[np.int
         tokens, split = each.get("tokens"), each.get("split", 0)
         found: list[int] = []
         if isinstance(tokens, list) and type(split) is int and split >= 0:
-            found = [token for token in tokens[split : split + width] if type(token) is int]
+            found = [_token(token) for token in tokens[split : split + width]]
         rows.append(found + [-1] * (width - len(found)))
-    return np.array(rows, np.int64).reshape(len(rows), width).astype(np.int32)
+    return np.array(rows, np.int32).reshape(len(rows), width)
+
+
+def _token(value: Any) -> int:
+    """-1 for what is no token id: whatever is added comes from outside."""
+    return value if type(value) is int and 0 <= value <= MAX_TOKEN_ID else -1
 
 
 class Fields:
@@ -85,12 +91,15 @@ class Fields:
     Args:
         ids: of the index's rows, ascending; None where they are the rows' numbers.
         rows: of the index.
+        whole: it is no shard, so that a field which none of its entries has is a mistake.
     """
 
-    def __init__(self, path: Path, ids: NDArray[np.int64] | None, rows: int) -> None:
+    def __init__(self, path: Path, ids: NDArray[np.int64] | None, rows: int, *, whole: bool = True) -> None:
         self._path = path
         self._ids = ids
         self._rows = rows
+        self._whole = whole
+        self._kept = 0  # bytes
         self._lock = threading.Lock()
         self._known: OrderedDict[Filter, NDArray[np.bool_]] = OrderedDict()
         try:
@@ -106,8 +115,9 @@ class Fields:
             found = self._known.get(condition)
             if found is None:
                 found = self._known[condition] = self._computed(condition)
-                while len(self._known) * self._rows > _CACHE and len(self._known) > 1:
-                    self._known.popitem(last=False)
+                self._kept += self._rows + condition.size
+                while self._kept > CACHE and len(self._known) > 1:
+                    self._kept -= self._rows + self._known.popitem(last=False)[0].size
             self._known.move_to_end(condition)
             return found
 
@@ -128,7 +138,8 @@ class Fields:
     def _computed(self, condition: Filter) -> NDArray[np.bool_]:
         allowed = np.zeros(self._rows, np.bool_)
         try:
-            check_names(self._database, condition)
+            if self._whole:
+                check_names(self._database, condition)
             ids = matching(self._database, condition)
         except sqlite3.Error as fault:
             raise WorkerFailed(f"{self._path}: its database fails ({fault}); build the index again") from fault

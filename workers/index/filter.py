@@ -40,6 +40,11 @@ class Filter:
     values: tuple[Value, ...]
     names: tuple[str, ...]
 
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes."""
+        return 1024 + len(self.sql) + sum(len(value) for value in self.values if isinstance(value, str))
+
 
 def parse(given: Any) -> Filter:
     """The condition of a filter map.

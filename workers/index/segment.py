@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...client.fanout import best
-from .quantizer import assigned, normalised
+from .quantizer import assigned, compared, normalised
 from .query import DEFAULT_EF, DEFAULT_NPROBE, Found, Metric, Params
 
 FEW: Final = 10_000  # allowed rows that are all compared, where the request names no nprobe
@@ -67,7 +67,7 @@ class Segment:
 
         Args:
             allowed: bool [n], the rows that may be found; looked at inside the search. Where the request names no
-                nprobe or ef, more lists or all rows are looked into, so that few allowed rows are found nonetheless.
+                nprobe or ef, more lists or all rows are looked into until k of them are found, or all there are.
             lists, coarse: the lists to look into [m, nprobe] (-1 for none) and their distances; None: the nearest ones.
         """
         far = np.float32(np.inf if self.metric == "l2" else -np.inf)
@@ -82,12 +82,13 @@ class Segment:
         selector = None if allowed is None else _Selector(allowed)
         if isinstance(self.index, faiss.IndexIVF):
             if lists is None or coarse is None:
-                lists, coarse = assigned(self._any.quantizer, queries, self._nprobe(params, rows, allowed is not None))
-            distances, found = self._in_lists(queries, params.k, lists, coarse, selector, far)
+                distances, found = self._in_own_lists(queries, params, rows, selector, far)
+            else:
+                distances, found = self._in_lists(queries, params.k, lists, coarse, selector, far)
         elif isinstance(self.index, faiss.IndexHNSW):
             distances, found = self._in_graph(queries, params, selector, rows)
         else:
-            distances, found = self._any.search(queries, params.k, params=_plain(selector))
+            distances, found = compared(self.index, queries, params.k, _plain(selector))
         return self._sorted(found.astype(np.int64, copy=False), distances, far)
 
     def assign(self, queries: NDArray[np.float32], params: Params) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -111,6 +112,25 @@ class Segment:
         if filtered:
             usual = nlist if rows <= FEW else math.ceil(usual * self.index.ntotal / rows)
         return min(usual, nlist)
+
+    def _in_own_lists(
+        self,
+        queries: NDArray[np.float32],
+        params: Params,
+        rows: int,
+        selector: _Selector | None,
+        far: np.float32,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """In the nearest lists; a query that finds too few of the allowed `rows` there looks into more of them."""
+        nprobe, k = self._nprobe(params, rows, selector is not None), params.k
+        distances, found = self._in_lists(queries, k, *assigned(self._any.quantizer, queries, nprobe), selector, far)
+        widens = selector is not None and params.nprobe is None
+        while widens and nprobe < self.nlist and len(short := _short(found, k, rows)):
+            nprobe = min(self.nlist, 4 * nprobe)
+            asked = queries[short]
+            chosen = assigned(self._any.quantizer, asked, nprobe)
+            distances[short], found[short] = self._in_lists(asked, k, *chosen, selector, far)
+        return distances, found
 
     def _in_lists(
         self,
@@ -183,17 +203,17 @@ class Segment:
         self, queries: NDArray[np.float32], params: Params, selector: _Selector | None, rows: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         few = selector is not None and rows <= max(FEW, GRAPH_SHARE * self.index.ntotal)
+        storage: Any = faiss.downcast_index(self._any.storage)
         if params.exact or few:
-            storage = faiss.downcast_index(self._any.storage)
-            found: tuple[NDArray[np.float32], NDArray[np.int64]]
-            found = storage.search(queries, params.k, params=_plain(selector))
-            return found
+            return compared(storage, queries, params.k, _plain(selector))
         ef = params.ef or math.ceil((params.effort or DEFAULT_EF) * self.index.ntotal / rows)
         asked = _faiss.SearchParametersHNSW(efSearch=max(ef, params.k))
         if selector is not None:
             asked.sel = selector.faiss
-        found = self._any.search(queries, params.k, params=asked)
-        return found
+        distances, places = self._any.search(queries, params.k, params=asked)
+        if selector is not None and params.ef is None and len(short := _short(places, params.k, rows)):
+            distances[short], places[short] = compared(storage, queries[short], params.k, _plain(selector))
+        return distances, places
 
     def _sorted(self, rows: NDArray[np.int64], distances: NDArray[np.float32], far: np.float32) -> Found:
         none = rows < 0
@@ -214,6 +234,11 @@ class _Selector:
     def __init__(self, allowed: Allowed) -> None:
         self._bits = np.packbits(allowed, bitorder="little")
         self.faiss = faiss.IDSelectorBitmap(len(self._bits), faiss.swig_ptr(self._bits))
+
+
+def _short(found: NDArray[np.int64], k: int, rows: int) -> NDArray[np.int64]:
+    """The queries that found fewer than k of the rows that there are."""
+    return np.flatnonzero(np.count_nonzero(found >= 0, axis=1) < min(k, rows))
 
 
 def _plain(selector: _Selector | None) -> Any:

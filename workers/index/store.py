@@ -169,7 +169,9 @@ def open_index(path: Path, *, mmap: bool = False) -> OpenIndex:
     check_version(path, manifest)
     datastore = read_datastore(path, manifest) if manifest.kind == "datastore" else None
     ids = read_ids(path, manifest)
-    fields = Fields(path / FIELDS, ids, manifest.ntotal) if FIELDS in manifest.files else None
+    fields = (
+        Fields(path / FIELDS, ids, manifest.ntotal, whole=manifest.shards == 1) if FIELDS in manifest.files else None
+    )
     segment = Segment(read_faiss(path, manifest, mmap), ids, manifest.metric)
     owners = read_owners(path, manifest, segment.nlist)
     if load_manifest(path) != manifest:

@@ -17,6 +17,7 @@ from .stream import TokenStream
 ORDER: Final = 8  # tokens of an n-gram at most
 AHEAD: Final = 7  # tokens between a suffix and what is counted behind it, at most
 MAX_CONTEXTS: Final = 4096  # of one request
+MAX_COUNTS: Final = 1 << 24  # about how many ids one answer holds: 128 MiB with their counts
 _FREQUENT: Final = 1024  # occurrences of a suffix whose counts are kept
 _FIELDS: Final = ("ngram", "ahead", "known")
 
@@ -133,11 +134,15 @@ class NgramTable:
         suffixes = self.suffixes
         none = np.empty(0, np.int32)
         found: list[Counts] = []
+        total = 0
         rows: list[list[int]] = contexts.tolist()
         for row in rows:
             for size in range(order - 1, 0, -1):
                 suffix = row[-size:]
                 found.append((none, none) if min(suffix) < 0 else suffixes.behind(suffix, ahead))
+                total += len(found[-1][0])
+            if total > MAX_COUNTS:
+                raise BadQuery(f"over {MAX_COUNTS} tokens stand behind these {len(rows)} contexts; send fewer at once")
         offsets = np.cumsum([0, *(len(ids) for ids, _ in found)], dtype=np.int64)
         answer = [offsets, *(np.concatenate([none, *some]) for some in zip(*found, strict=True))]
         answer += [none, none] if not found else []

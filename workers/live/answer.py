@@ -13,6 +13,7 @@ from ..index.store import OpenIndex, open_index
 from .changes import BadChange
 from .live import LiveIndex
 from .opening import is_live, open_live
+from .snapshot import place
 
 OPEN: Final = "open"
 _KINDS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -44,7 +45,7 @@ def close_source(index: Source) -> None:
 def other_path(body: Mapping[str, Any]) -> Path:
     """Of a request {"open": path} the directory that it names. Raises BadQuery."""
     path = body[OPEN]
-    if len(body) != 1 or not isinstance(path, str) or not path:
+    if len(body) != 1 or not isinstance(path, str) or not path or "\0" in path:
         raise BadQuery('send {"open": directory} alone to put another version in place')
     return Path(path).expanduser()
 
@@ -55,7 +56,7 @@ async def changed(index: Source, request: Request, *, whole: bool) -> Answer:
     - {"add": true, "fields": [map, ...], "upsert": false} with vectors float32 [n, d] and perhaps ids int64 [n], all or
       none of them: {"version"} and their ids int64 [n].
     - {"delete": true} with ids int64 [n]: {"deleted": how many of them there were, "version"}.
-    - {"snapshot": true}: {"version"} of the snapshot.
+    - {"snapshot": true}: {"version"} of the snapshot and the {"directory"} where its server finds it.
 
     An answer means: it is on the disk, and every later search sees it. A request that comes again, by its id, is not
     done twice.
@@ -81,7 +82,8 @@ async def changed(index: Source, request: Request, *, whole: bool) -> Answer:
     version = {"version": index.log.settings.version}
     arrays = [tensor.numpy() for tensor in request.tensors]
     if kind == "snapshot":
-        return {"version": await asyncio.shield(asyncio.to_thread(index.snapshot))}
+        made = await asyncio.shield(asyncio.to_thread(index.snapshot))
+        return {"version": made, "directory": str(place(index.log.path.parent, made))}
     if kind == "delete":
         if len(arrays) != 1:
             raise BadChange(f"{len(arrays)} arrays came; send one, the ids int64 [n]")

@@ -66,6 +66,7 @@ class LiveIndex:
         self._view = self._seen(state, nothing)
         self._changing = threading.Lock()  # whoever puts a view in place
         self._merging = threading.Lock()  # whoever merges, from its choice to its end
+        self._ending = threading.Lock()  # so that nothing is asked behind the end
         self._asked: queue.SimpleQueue[Change | None] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._logged = 0  # since the last snapshot, or since it was opened
@@ -82,10 +83,11 @@ class LiveIndex:
 
     def submit(self, change: Change) -> Change:
         """Begins a change (see `room`); its future ends when it is on the disk and every later search sees it."""
-        if self._closed:
-            raise WorkerFailed(f"the index {self.room.name} is closed")
-        change.done.set_running_or_notify_cancel()  # whoever waits may give up, the change goes on
-        self._asked.put(change)
+        with self._ending:
+            if self._closed:
+                raise WorkerFailed(f"the index {self.room.name} is closed")
+            change.done.set_running_or_notify_cancel()  # whoever waits may give up, the change goes on
+            self._asked.put(change)
         return change
 
     def add(
@@ -127,16 +129,14 @@ class LiveIndex:
 
     def close(self) -> None:
         """Ends both threads, after what was begun, and lets another process have the directory."""
-        if self._closed:
-            return
-        self._closed = True
-        self._asked.put(None)
+        with self._ending:
+            if self._closed:
+                return
+            self._closed = True
+            self._asked.put(None)
         self._wake.set()
         self._writer.join()
         self._merger.join()
-        while not self._asked.empty():  # came with the end
-            if (late := self._asked.get()) is not None:
-                late.done.set_exception(WorkerFailed(f"the index {self.room.name} is closed"))
         with self._merging:
             self.log.close()
             self._lock.close()
@@ -168,8 +168,7 @@ class LiveIndex:
         rows = 0
         for _ in range(GROUP):
             if change is None:
-                self._asked.put(None)  # ends the next group
-                return
+                break
             yield change
             rows += 0 if change.vectors is None else len(change.vectors)
             if rows >= GROUP_ROWS:
@@ -178,7 +177,9 @@ class LiveIndex:
                 change = self._asked.get_nowait()
             except queue.Empty:
                 return
-        if change is not None:
+        if change is None:
+            self._asked.put(None)  # ends the next group
+        else:
             yield change
 
     def _commit(self, group: list[Change]) -> list[tuple[Change, NDArray[np.int64] | Exception]]:

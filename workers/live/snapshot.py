@@ -80,6 +80,11 @@ def version(settings: Settings, seq: int) -> str:
     return f"{settings.version}-{seq}"
 
 
+def place(directory: Path, version: str) -> Path:
+    """Where the snapshot of that version lies."""
+    return directory.absolute() / FOLDER / f"{int(version.rpartition('-')[2]):020d}"
+
+
 def newest(directory: Path, settings: Settings, forgotten: int) -> tuple[int, OpenIndex] | None:
     """The newest snapshot that is whole, and the change it was written behind; None where there is none.
 
@@ -108,8 +113,11 @@ def found(directory: Path) -> list[tuple[int, Path]]:
 
 
 def prune(directory: Path) -> int:
-    """Removes all but the newest ones; the change behind which the oldest that is left was written, 0 for none."""
+    """Removes all but the newest ones; the change behind which the oldest that is left was written, 0 for none.
+
+    What a process left that was ended while it wrote one goes, too: one process at a time writes here.
+    """
     kept = found(directory)
-    for _, path in kept[KEPT:]:
+    for path in [*(path for _, path in kept[KEPT:]), *(directory / FOLDER).glob(".*")]:
         shutil.rmtree(path, ignore_errors=True)
     return kept[KEPT - 1][0] if len(kept) >= KEPT else 0

@@ -78,7 +78,9 @@ class LiveView:
         *,
         threads: int = 1,
     ) -> Found:
-        """See Searchable. What is not merged yet is compared in full. Raises BadFilter."""
+        """See Searchable. What is not merged yet is compared in full. Raises BadFilter, BadQuery."""
+        if lists is not None:
+            self._lists()
         parts = self.state.parts
         allowed: Sequence[Allowed | None] = [part.alive for part in parts]
         if params.filter is not None:
@@ -138,13 +140,18 @@ class LiveView:
         return self._lists().assign(queries, params)
 
     def _lists(self) -> Segment:
+        settings = self.log.settings
+        if settings.shards > 1 and not settings.base:
+            raise BadQuery(
+                f"each shard of {settings.name} has lists of its own, since it began empty; send queries alone"
+            )
         if self.nothing is None:
             raise BadQuery(f"the index {self.log.settings.name} has no lists by now; send the queries alone")
         return Segment(self.nothing, None, self.state.metric)
 
     def _matching(self, condition: Filter) -> Ids:
         live, base, seq = self.log, self.base, self.state.seq
-        for path in condition.names:
+        for path in condition.names if live.settings.shards == 1 else ():  # a shard may lack what another one has
             if path not in live.names and (base is None or not base.names(path)):
                 name = path.removeprefix("$.").replace('"', "")
                 raise BadFilter(f"no entry has the field {name}; filter by one that entries were added with")

@@ -9,7 +9,7 @@ from typing import Any, Final
 from numpy.typing import NDArray
 
 from ..index.query import BadQuery, Found, Params, Searchable, check_lists, check_queries
-from .batch import Search, Seen, search_together
+from .batch import GivenUp, Search, Seen, search_together
 
 MAX_PAYLOADS: Final = 1024  # hits whose payloads travel in one body of 1 MiB: a passage is below 1 KiB
 _FLAGS: Final = ("info", "quantizer", "owners", "assign", "lists", "following", "payloads", "exact")
@@ -25,11 +25,13 @@ class Asked:
 
     Attributes:
         whole: it was sent to the service of the whole index, `search:<name>`, which a shard may be one of.
+        id: the request's own, by which a change that comes again is known.
     """
 
     body: Mapping[str, Any]
     arrays: Sequence[NDArray[Any]]
     whole: bool = False
+    id: bytes = b""
 
 
 def answer(index: Searchable, body: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> Reply:
@@ -47,6 +49,7 @@ def answers(
     threads: int = 1,
     effort: int | None = None,
     seen: Seen | None = None,
+    given_up: GivenUp = lambda: False,
 ) -> list[Reply | Exception]:
     """The answers to requests that came together, each as if it were alone; an exception for one that fails.
 
@@ -68,6 +71,7 @@ def answers(
 
     Args:
         effort: the nprobe or ef of requests that name none.
+        given_up: whether nobody waits for any of the answers any more.
     """
     info = index.info()
     searches: list[Search] = []
@@ -85,7 +89,8 @@ def answers(
             replies.append(None)
         else:
             replies.append(parsed)
-    for place, found in zip(places, search_together(index, searches, threads=threads, seen=seen), strict=True):
+    results = search_together(index, searches, threads=threads, seen=seen, given_up=given_up)
+    for place, found in zip(places, results, strict=True):
         replies[place] = found if isinstance(found, Exception) else _reply(index, info, asked[place].body, found)
     return [reply for reply in replies if reply is not None]
 

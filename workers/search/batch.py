@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -9,9 +10,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ...schema.errors import RequestCancelled
 from ..index.query import MAX_HITS, Found, Params, Searchable
 
 MAX_ROWS: Final = 65_536  # of one call
+PIECE: Final = 256  # rows of the first of several calls
+SOON: Final = 0.1  # seconds: a call that took less is followed by one of twice as many rows
+
+GivenUp = Callable[[], bool]
 
 Seen = Callable[[Params, NDArray[np.float32], Found], None]
 """Hears of each call without lists of the asker's own: its parameters, its different queries and what was found."""
@@ -28,9 +34,18 @@ class Search:
 
 
 def search_together(
-    index: Searchable, searches: Sequence[Search], *, threads: int = 1, seen: Seen | None = None
+    index: Searchable,
+    searches: Sequence[Search],
+    *,
+    threads: int = 1,
+    seen: Seen | None = None,
+    given_up: GivenUp = lambda: False,
 ) -> list[Found | Exception]:
-    """What each search finds, or why it fails: the same as if each had been alone."""
+    """What each search finds, or why it fails: the same as if each had been alone.
+
+    Args:
+        given_up: whether nobody waits for any of them any more; asked between calls.
+    """
     groups: dict[Any, list[int]] = {}
     for place, search in enumerate(searches):
         width = -1 if search.lists is None else search.lists.shape[1]
@@ -38,7 +53,7 @@ def search_together(
     found: list[Found | Exception] = [RuntimeError("not searched")] * len(searches)
     for places in groups.values():
         for part in _parts(searches, places):
-            answers = _answers(index, [searches[place] for place in part], threads, seen)
+            answers = _answers(index, [searches[place] for place in part], threads, seen, given_up)
             for place, answer in zip(part, answers, strict=True):
                 found[place] = answer
     return found
@@ -59,23 +74,27 @@ def _parts(searches: Sequence[Search], places: list[int]) -> list[list[int]]:
     return parts
 
 
-def _answers(index: Searchable, searches: list[Search], threads: int, seen: Seen | None) -> list[Found | Exception]:
+def _answers(
+    index: Searchable, searches: list[Search], threads: int, seen: Seen | None, given_up: GivenUp
+) -> list[Found | Exception]:
     try:
-        return list(_together(index, searches, threads, seen))
+        return list(_together(index, searches, threads, seen, given_up))
     except Exception as error:
         if len(searches) == 1:
             return [error]
     # one that fails must not fail the others
-    return [answer for search in searches for answer in _answers(index, [search], threads, seen)]
+    return [answer for search in searches for answer in _answers(index, [search], threads, seen, given_up)]
 
 
-def _together(index: Searchable, searches: list[Search], threads: int, seen: Seen | None) -> list[Found]:
+def _together(
+    index: Searchable, searches: list[Search], threads: int, seen: Seen | None, given_up: GivenUp
+) -> list[Found]:
     first = searches[0]
     if len(searches) == 1:
         joined, inverse = first, None
     else:
         joined, inverse = _distinct(searches)
-    found = index.search(joined.queries, joined.params, joined.lists, joined.coarse, threads=threads)
+    found = _searched(index, joined, threads, given_up)
     if seen is not None and joined.lists is None:
         seen(joined.params, joined.queries, found)
     if len(searches) == 1:
@@ -87,6 +106,29 @@ def _together(index: Searchable, searches: list[Search], threads: int, seen: See
         answers.append((ids[start:end], distances[start:end]))
         start = end
     return answers
+
+
+def _searched(index: Searchable, search: Search, threads: int, given_up: GivenUp) -> Found:
+    """In calls that end soon, so that many rows hold nobody up whose asker has gone; they change no bit of an answer.
+
+    Raises RequestCancelled.
+    """
+    found: list[Found] = []
+    begin, size = 0, PIECE
+    while not found or begin < len(search.queries):
+        if given_up():
+            raise RequestCancelled("nobody waits for the answer any more")
+        begun, rows = time.monotonic(), slice(begin, begin + size)
+        lists = None if search.lists is None else search.lists[rows]
+        coarse = None if search.coarse is None else search.coarse[rows]
+        found.append(index.search(search.queries[rows], search.params, lists, coarse, threads=threads))
+        begin += size
+        if time.monotonic() - begun < SOON:
+            size = min(2 * size, MAX_ROWS)
+    if len(found) == 1:
+        return found[0]
+    ids, distances = zip(*found, strict=True)
+    return np.concatenate(ids), np.concatenate(distances)
 
 
 def _distinct(searches: list[Search]) -> tuple[Search, NDArray[np.int64] | None]:

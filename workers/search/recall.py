@@ -6,6 +6,7 @@ Knows searchable indexes; no message, no faiss.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import threading
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from ..index.query import DEFAULT_EF, DEFAULT_NPROBE, Found, Params, Searchable
 
 WINDOW: Final = 512  # samples that the gauge is the mean of
-WAITING: Final = 1024  # samples that wait to be repeated; more are not taken
+WAITING: Final = 64  # samples that wait to be repeated, each with the state of the index that answered it; no more
 CURVES: Final = 256  # latest samples by which the server's own effort is chosen
 LEAST: Final = 32  # of them, before the first choice
 EACH: Final = 16  # of them between two choices
@@ -32,6 +33,8 @@ _SURE: Final = 2.0  # standard errors by which a mean must be above the goal
 _NICE: Final = 10  # lower priority than whatever answers requests
 _FIRST: Final = {"nprobe": 1, "ef": 8}
 _LAST_EF: Final = 4096
+
+log = logging.getLogger("ralmq.index")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +55,8 @@ class Recall:
         share: of the queries that are sampled, 0 to 1.
         goal: the mean recall for which the server chooses nprobe or ef itself; 0 for none.
         effort: the server's own nprobe or ef to begin with; None for the defaults.
-        nlist: of the index; 0 for one without lists. Where it is neither an inverted file nor a graph, effort is None.
+        nlist: of the index; 0 for one without lists, which a live one may get later. Where it is neither an inverted
+            file nor a graph, effort is None.
         graph: whether it is a graph, with ef.
     """
 
@@ -61,9 +65,10 @@ class Recall:
     ) -> None:
         self.effort = effort
         self._share, self._goal = share, goal
-        self.rungs = _rungs("nprobe", nlist) if nlist else _rungs("ef", _LAST_EF) if graph else ()
-        self._name = "nprobe" if nlist else "ef"
-        self._usual = min(DEFAULT_NPROBE, nlist) if nlist else DEFAULT_EF
+        self.rungs: Sequence[int] = _rungs("ef", _LAST_EF) if graph else ()
+        self._name = "ef" if graph else "nprobe"
+        self._usual = DEFAULT_EF
+        self._lists(nlist)
         self._random = np.random.default_rng(seed)
         self._waiting: deque[Sample] = deque()
         self._live: deque[float] = deque(maxlen=WINDOW)
@@ -88,6 +93,7 @@ class Recall:
 
     def offer(self, index: Searchable, params: Params, queries: NDArray[np.float32], found: Found) -> None:
         """Queries [m, d] that were just answered; a share of them is kept to be repeated."""
+        self._lists(index.nlist)
         share = max(self._share, TUNING_SHARE) if self._tuning and params.effort == self.effort else self._share
         if not share or params.exact or not len(queries):
             return
@@ -98,6 +104,11 @@ class Recall:
                 self._waiting.append(Sample(index, params, *kept))
             if len(taken):
                 self._arrived.set()
+
+    def _lists(self, nlist: int) -> None:
+        if nlist and not self.rungs:
+            self._usual = min(DEFAULT_NPROBE, nlist)
+            self.rungs = _rungs("nprobe", nlist)
 
     def start(self) -> None:
         """Begins to repeat what is offered, in a thread of its own."""
@@ -166,7 +177,12 @@ class Recall:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)  # of this thread alone, on Linux
         while not self._ended:
             begun = time.monotonic()
-            if not self.step():
+            try:
+                found = self.step()
+            except Exception:  # the next sample has its own chance
+                log.exception("a search could not be repeated for the recall gauge")
+                found = True
+            if not found:
                 self._arrived.clear()
                 if not self._waiting:
                     self._arrived.wait()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from ..texts.index import TextIndex
 from .answer import Asked, answers
 from .recall import Recall
 
+TEXTS = "texts"
 _SHARD = re.compile(r"(\d{1,4})/(\d{1,4})")
 
 
@@ -107,12 +110,14 @@ class Index(Worker):
         if is_text(path):
             self._text = await asyncio.to_thread(TextIndex, path)
             self._services = (f"search:{self._name or self._text.manifest.name}",)
+            self.identity = TEXTS
             return
         opened = await self._opened(path, self._live)
         info = opened.view().info()
         self._place = (info["shard"], info["shards"])
         service = f"search:{self._name or info['name']}"
         self._services = (service,) if info["shards"] == 1 else (service, f"{service}/{info['shard']}")
+        self.identity = _identity(info)
         self._hold(opened)
 
     def _shard_of(self, path: Path) -> Path:
@@ -120,7 +125,13 @@ class Index(Worker):
         return own if own is not None and own.is_dir() else path
 
     async def _opened(self, path: Path, live: bool) -> OpenIndex | LiveIndex:
-        opened = await asyncio.to_thread(open_source, path, live=live, mmap=self._mmap, threads=self._threads)
+        how = partial(open_source, path, live=live, mmap=self._mmap, threads=self._threads)
+        opening = asyncio.ensure_future(asyncio.to_thread(how))
+        try:
+            opened = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_let_go)  # a thread cannot be cancelled
+            raise
         info, effort = opened.view().info(), self._efforts[0]
         fault = ""
         if self._place not in (None, (info["shard"], info["shards"])):
@@ -149,8 +160,9 @@ class Index(Worker):
         if not path.resolve().is_relative_to(folder):  # an asker must not make the server read what it likes
             raise Refused(f"{path}: only what lies in {folder} may take its place: put it there")
         async with self._swapping:
-            opened = await self._opened(self._shard_of(path), False)
+            opened = await self._alike(self._shard_of(path))
             index, recall = self._held
+            before = index.view().info()["version"]
             self._hold(opened)
 
             def close() -> None:
@@ -158,7 +170,22 @@ class Index(Worker):
                 close_source(index)
 
             await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._calls, close))
-        return {"version": opened.view().info()["version"]}
+        return {"version": opened.view().info()["version"], "before": before}
+
+    async def _alike(self, path: Path) -> OpenIndex | LiveIndex:
+        """An index that may take the place of this one, since askers are not told. Raises Refused, ManifestError."""
+        if await asyncio.to_thread(is_text, path):
+            other = TEXTS
+        else:
+            opened = await self._opened(path, False)
+            other = _identity(opened.view().info())
+            if other == self.identity:
+                return opened
+            close_source(opened)
+        raise Refused(
+            f"{path}: holds {other}, and {self._services[0]} serves {self.identity}: "
+            "serve it under a name of its own, with `ralmq worker index -o name=`"
+        )
 
     async def stop(self) -> None:
         await self._batcher.close()
@@ -173,32 +200,34 @@ class Index(Worker):
         """With the gauges: searches, calls of faiss that answered them, and what Recall measures."""
         return replace(beat, gauges=self._counts | ({} if self._held is None else self._held[1].gauges))
 
-    async def handle(self, request: Request) -> Answer:
+    def handle(self, request: Request) -> Awaitable[Answer]:
         """See `answers`; answered together with others that came. For changes see `changed`."""
         if self._text is None and is_change(request.body):
-            return await self._change(request)
-        return await self._batcher.submit(request)
+            return self._change(request)
+        return self._batcher.submit(request)
 
     async def handle_batch(self, requests: list[Request]) -> list[Answer]:
         """The search runs beside the loop, so that beats and other requests go on."""
+        whole = self._services[0]
         asked = [
-            Asked(request.body, [tensor.numpy() for tensor in request.tensors], request.service == self._services[0])
+            Asked(request.body, [tensor.numpy() for tensor in request.tensors], request.service == whole, request.id)
             for request in requests
         ]
-        loop = asyncio.get_running_loop()
-        search = loop.run_in_executor(self._calls, self._answers, asked)
+        loop, given_up = asyncio.get_running_loop(), threading.Event()
+        search = loop.run_in_executor(self._calls, self._answers, asked, given_up)
         try:
             return await asyncio.shield(search)
         except asyncio.CancelledError:
+            given_up.set()
             await asyncio.wait([search])  # a thread cannot be cancelled: its credit comes back when it has ended
             if not search.cancelled():
                 search.exception()  # seen, so that asyncio does not report it
             raise
 
-    def _answers(self, asked: Sequence[Asked]) -> list[Any]:
+    def _answers(self, asked: Sequence[Asked], given_up: threading.Event) -> list[Any]:
         self._counts["searches"] += len(asked)
         if self._text is not None:
-            return [_tried(self._text, request) for request in asked]
+            return [_tried(self._text, request, given_up) for request in asked]
         assert self._held is not None
         source, recall = self._held
         index = source.view()
@@ -207,12 +236,19 @@ class Index(Worker):
             self._counts["calls"] += 1
             recall.offer(index, params, queries, found)
 
-        return list(answers(index, asked, threads=self._threads, effort=recall.effort, seen=seen))
+        how: dict[str, Any] = {"effort": recall.effort, "seen": seen, "given_up": given_up.is_set}
+        return list(answers(index, asked, threads=self._threads, **how))
 
 
-def _tried(index: TextIndex, asked: Asked) -> Any:
+def _let_go(opening: asyncio.Future[OpenIndex | LiveIndex]) -> None:
+    """Closes what was opened for somebody who did not wait for it, beside the loop."""
+    if not opening.cancelled() and opening.exception() is None:
+        asyncio.get_running_loop().run_in_executor(None, close_source, opening.result())
+
+
+def _tried(index: TextIndex, asked: Asked, given_up: threading.Event) -> Any:
     try:
-        return answer_text(index, asked.body, asked.arrays)
+        return answer_text(index, asked.body, asked.arrays, given_up.is_set, asked.id)
     except Exception as error:  # fails alone
         return error
 
@@ -223,6 +259,12 @@ class _Together(Worker):
     def __init__(self, index: Index, max_batch: int, max_wait: float) -> None:
         self.max_batch, self.max_wait = max_batch, max_wait
         self.handle_batch = index.handle_batch  # type: ignore[method-assign]
+
+
+def _identity(info: Mapping[str, Any]) -> str:
+    """What replicas, and versions that follow one another, have in common; whatever else they hold."""
+    origin = info["encoder"] or info["fingerprint"]
+    return f"vectors of {info['d']} dimensions, {info['metric']}" + (f", of {origin}" if origin else "")
 
 
 def _place(shard: str) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..index.query import BadQuery, Params
-from .index import LAST_ID, Row, TextIndex, row_of
+from .index import LAST_ID, GivenUp, Row, TextIndex, row_of
 
 MAX_TEXTS: Final = 1024  # queries of one request
 MAX_PASSAGES: Final = 4096  # of one change
@@ -23,7 +23,13 @@ _CHANGES: Final = ("add", "fields", "upsert", "delete", "snapshot")
 Reply = tuple[dict[str, Any], list[NDArray[Any]]]
 
 
-def answer_text(index: TextIndex, body: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> Reply:
+def answer_text(
+    index: TextIndex,
+    body: Mapping[str, Any],
+    arrays: Sequence[NDArray[Any]],
+    given_up: GivenUp = lambda: False,
+    request: bytes = b"",
+) -> Reply:
     """The answer to one request of the service `search:<name>` of a text index.
 
     - {"info": true}: what the index is.
@@ -33,11 +39,17 @@ def answer_text(index: TextIndex, body: Mapping[str, Any], arrays: Sequence[NDAr
       What indexes of vectors are asked besides (nprobe, ef, exact) is checked and changes nothing.
     - {"add": true, "fields": [{"text": ..., ...}, ...], "upsert": false}, with ids int64 [n] or without: the ids.
     - {"delete": true} with ids int64 [n]: {"deleted": how many were there}.
-    - {"snapshot": true}: {"version": name of the directory within `snapshots`}.
+    - {"snapshot": true}: {"version": name of the directory within `snapshots`, "directory": where its server finds it}.
+
+    Args:
+        given_up: whether nobody waits for the answer any more; asked before each query.
+        request: its id; a change that comes again is not made twice.
 
     Raises BadQuery, BadFilter.
     """
     unknown = sorted(str(key) for key in body if key not in (*_SEARCH, *_CHANGES, "info"))
+    if "open" in unknown:
+        raise BadQuery("an index of texts is not exchanged while it is served; stop its server and serve the other one")
     if unknown:
         raise BadQuery(f"unknown field {unknown[0]}; an index of texts knows info, {', '.join((*_SEARCH, *_CHANGES))}")
     for name in ("info", "payloads", "following", "add", "upsert", "delete", "snapshot"):
@@ -46,14 +58,15 @@ def answer_text(index: TextIndex, body: Mapping[str, Any], arrays: Sequence[NDAr
     if body.get("info"):
         return _info(index), []
     if body.get("snapshot"):
-        return {"version": index.snapshot()}, []
+        version = index.snapshot()
+        return {"version": version, "directory": str(index.place(version))}, []
     if body.get("add"):
-        return _added(index, body, arrays)
+        return _added(index, body, arrays, request)
     if body.get("delete"):
         if len(arrays) != 1:
             raise BadQuery(f"{len(arrays)} arrays came; send one, the ids int64 [n] to delete")
-        return {"deleted": index.delete(_ids(arrays[0]))}, []
-    return _searched(index, body, arrays)
+        return {"deleted": index.delete(_ids(arrays[0]), request)}, []
+    return _searched(index, body, arrays, given_up)
 
 
 def _info(index: TextIndex) -> dict[str, Any]:
@@ -75,7 +88,7 @@ def _info(index: TextIndex) -> dict[str, Any]:
     }
 
 
-def _searched(index: TextIndex, body: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> Reply:
+def _searched(index: TextIndex, body: Mapping[str, Any], arrays: Sequence[NDArray[Any]], given_up: GivenUp) -> Reply:
     texts = body.get("text")
     if arrays or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or not texts:
         raise BadQuery("an index of texts is asked with text, a list of queries, and no arrays")
@@ -87,7 +100,7 @@ def _searched(index: TextIndex, body: Mapping[str, Any], arrays: Sequence[NDArra
     shown = bool(body.get("payloads"))
     if shown and len(texts) * params.k > MAX_FOUND:
         raise BadQuery(f"payloads of {len(texts) * params.k} hits; ask for at most {MAX_FOUND}, or without payloads")
-    found, rows, version = index.search(texts, params, shown)
+    found, rows, version = index.search(texts, params, shown, given_up)
     wanted = body.get("version")
     if wanted is not None and wanted != version:
         raise BadQuery(f"the index is version {version}, not {str(wanted)[:64]!r}; ask for its info again")
@@ -103,7 +116,7 @@ def _payload(row: Row | None) -> dict[str, Any]:
     return {} if row is None else {**json.loads(row.fields), "text": row.text}
 
 
-def _added(index: TextIndex, body: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> Reply:
+def _added(index: TextIndex, body: Mapping[str, Any], arrays: Sequence[NDArray[Any]], request: bytes) -> Reply:
     fields = body.get("fields")
     if not isinstance(fields, list) or not fields or not all(isinstance(entry, dict) for entry in fields):
         raise BadQuery("fields: send a list of maps, each with a text")
@@ -115,7 +128,7 @@ def _added(index: TextIndex, body: Mapping[str, Any], arrays: Sequence[NDArray[A
     if ids is not None and (len(ids) != len(fields) or len(set(ids)) != len(ids)):
         raise BadQuery(f"{len(ids)} ids came for {len(fields)} passages; send one for each, all different")
     rows = [row_of(entry, MAX_PASSAGE) for entry in fields]
-    return {}, [np.array(index.add(rows, ids, bool(body.get("upsert"))), np.int64)]
+    return {}, [np.array(index.add(rows, ids, bool(body.get("upsert")), request), np.int64)]
 
 
 def _ids(array: NDArray[Any]) -> list[int]:

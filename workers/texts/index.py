@@ -10,14 +10,14 @@ import re
 import sqlite3
 import threading
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from ...schema.errors import WorkerFailed
+from ...schema.errors import RequestCancelled, WorkerFailed
 from ..index.directory import replacing
 from ..index.query import BadQuery, Found, Params
 from .files import (
@@ -36,7 +36,13 @@ from .files import (
 MAX_WORDS: Final = 512  # different words of a query that count, its first
 LAST_ID: Final = (1 << 62) - 1
 SNAPSHOTS: Final = "snapshots"
+REMEMBERED: Final = 100_000  # changes whose answers are kept for a request that comes again
+_REQUESTS: Final = (
+    "CREATE TABLE IF NOT EXISTS requests (id BLOB PRIMARY KEY, change INTEGER, answer TEXT) WITHOUT ROWID"
+)
 _WORD: Final = re.compile(r"[^\W_]+")
+
+GivenUp = Callable[[], bool]
 
 
 class Row(NamedTuple):
@@ -72,12 +78,13 @@ class TextIndex:
         }
 
     def search(
-        self, texts: Sequence[str], params: Params, payloads: bool = False
+        self, texts: Sequence[str], params: Params, payloads: bool = False, given_up: GivenUp = lambda: False
     ) -> tuple[Found, list[list[Row | None]], str]:
         """The k best passages of each text, all of one version: ids, BM25 scores (higher is nearer), with `payloads`
         the passages, and the version. Words are joined by or; a passage with none of them is not found.
 
-        Where fewer than k are found the id is -1, the score -inf, the row None.
+        Where fewer than k are found the id is -1, the score -inf, the row None. Raises RequestCancelled where it is
+        given up.
         """
         shape = (len(texts), params.k)
         ids, scores = np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
@@ -88,6 +95,8 @@ class TextIndex:
         )
         with self._reading() as database:
             for place, text in enumerate(texts):
+                if given_up():
+                    raise RequestCancelled("nobody waits for the answer any more")
                 words = expression(text)
                 found = database.execute(ranked, (words, *values, params.k)).fetchall() if words else []
                 best = np.array([score for _, score in found], np.float32)
@@ -99,12 +108,20 @@ class TextIndex:
             version = self._version(database)
         return (ids, scores), rows, version
 
-    def add(self, rows: Sequence[Row], ids: Sequence[int] | None = None, upsert: bool = False) -> list[int]:
+    def add(
+        self, rows: Sequence[Row], ids: Sequence[int] | None = None, upsert: bool = False, request: bytes = b""
+    ) -> list[int]:
         """Adds passages, all or none, on the disk when it returns; numbered on from the largest id ever where not told.
+
+        Args:
+            request: names the request that this is; one that comes again is answered, and not done, again.
 
         Raises BadQuery for an id that is there, unless it may be replaced.
         """
         with self._changed() as database:
+            known: list[int] | None = _answered(database, request)
+            if known is not None:
+                return known
             following = _state(database, "next")
             chosen = list(range(following, following + len(rows))) if ids is None else list(ids)
             for number, row in zip(chosen, rows, strict=True):
@@ -116,13 +133,18 @@ class TextIndex:
                 database.execute(statement, (number, row.text, row.fields))
             largest = max([following, *(number + 1 for number in chosen)])
             database.execute("UPDATE state SET value = ? WHERE name = 'next'", (largest,))
+            _remember(database, request, chosen)
         return chosen
 
-    def delete(self, ids: Sequence[int]) -> int:
-        """Deletes those of the ids that are there, and says how many were; on the disk when it returns."""
+    def delete(self, ids: Sequence[int], request: bytes = b"") -> int:
+        """Deletes those of the ids that are there, and says how many were; on the disk when it returns. See `add`."""
         with self._changed() as database:
+            known: int | None = _answered(database, request)
+            if known is not None:
+                return known
             there = [number for number in dict.fromkeys(ids) if _there(database, number)]
             database.executemany("DELETE FROM passages WHERE rowid = ?", [(number,) for number in there])
+            _remember(database, request, len(there))
         return len(there)
 
     def snapshot(self) -> str:
@@ -134,10 +156,14 @@ class TextIndex:
             info = self.info()
             version = str(info["version"])
             manifest = self.manifest
-            with replacing(self._path / SNAPSHOTS / version, OWN) as fresh, self._connection() as database:
+            with replacing(self.place(version), OWN) as fresh, self._connection() as database:
                 database.execute("VACUUM INTO ?", (str(fresh / BUILT),))
                 write_manifest(fresh, manifest.name, info["ntotal"], manifest.words, manifest.overlap, manifest.sources)
         return version
+
+    def place(self, version: str) -> Path:
+        """Where the snapshot of that version lies."""
+        return self._path.absolute() / SNAPSHOTS / version
 
     def close(self) -> None:
         """Closes what is not in use."""
@@ -186,6 +212,7 @@ class TextIndex:
             begin_changes(self._path, self.manifest)
             with self._connection() as database:
                 database.execute("BEGIN IMMEDIATE")
+                database.execute(_REQUESTS)
                 yield database
                 database.execute("UPDATE state SET value = value + 1 WHERE name = 'changes'")
                 database.execute("COMMIT")
@@ -224,6 +251,20 @@ def _row(database: sqlite3.Connection, number: int) -> Row | None:
 
 def _there(database: sqlite3.Connection, number: int) -> bool:
     return database.execute("SELECT 1 FROM passages_docsize WHERE id = ?", (number,)).fetchone() is not None
+
+
+def _answered(database: sqlite3.Connection, request: bytes) -> Any:
+    """What a request was answered with that came before; None where it did not."""
+    found = database.execute("SELECT answer FROM requests WHERE id = ?", (request,)).fetchone()
+    return None if found is None else json.loads(found[0])
+
+
+def _remember(database: sqlite3.Connection, request: bytes, answer: Any) -> None:
+    if request:
+        change = _state(database, "changes")
+        database.execute("INSERT INTO requests VALUES (?, ?, ?)", (request, change, json.dumps(answer)))
+        if not change % 1000:
+            database.execute("DELETE FROM requests WHERE change <= ?", (change - REMEMBERED,))
 
 
 def _state(database: sqlite3.Connection, name: str) -> int:
