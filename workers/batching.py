@@ -50,15 +50,32 @@ class Batcher:
             self._call.cancel()  # nobody waits for any of the answers
 
     async def _run(self) -> None:
-        worker = self._worker
         while self._waiting:
-            if worker.max_wait and len(self._waiting) < worker.max_batch:
+            if not self._full:
                 await self._fill()
-            batch = dict(list(self._waiting.items())[: worker.max_batch])
-            for future in batch:
-                del self._waiting[future]
-            if batch:
-                await self._serve(batch)
+            batch = self._begun()
+            while batch:
+                call = self._call
+                assert call is not None
+                await asyncio.wait([call])
+                following = self._begun() if self._full else {}  # first: it shall not wait until the answers are sent
+                self._answer(batch, call)
+                batch = following
+
+    @property
+    def _full(self) -> bool:
+        """Whether the next batch need not wait for more."""
+        return not self._worker.max_wait or len(self._waiting) >= self._worker.max_batch
+
+    def _begun(self) -> Waiting:
+        """Begins to serve what waits, as far as it is one batch, and returns it."""
+        batch = dict(list(self._waiting.items())[: self._worker.max_batch])
+        for future in batch:
+            del self._waiting[future]
+        if batch:
+            self._served = batch
+            self._call = asyncio.ensure_future(self._handled(list(batch.values())))
+        return batch
 
     async def _fill(self) -> None:
         try:
@@ -69,11 +86,8 @@ class Batcher:
         except TimeoutError:
             pass
 
-    async def _serve(self, batch: Waiting) -> None:
-        self._served = batch
-        self._call = asyncio.ensure_future(self._handled(list(batch.values())))
-        await asyncio.wait([self._call])
-        for future, answer in zip(batch, self._answers(self._call, len(batch)), strict=True):
+    def _answer(self, batch: Waiting, call: asyncio.Task[Any]) -> None:
+        for future, answer in zip(batch, self._answers(call, len(batch)), strict=True):
             if future.done():
                 continue  # its asker gave up
             if isinstance(answer, Exception):
