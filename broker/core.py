@@ -11,9 +11,11 @@ from ..schema.message import Beat, Error, Gone, Kind
 from .limits import Limits
 from .operations import Operations
 from .pipelines import Pipelines
+from .place import Places
 from .records import Frames, Peer, Sent
 from .requests import Requests
 from .roster import Roster
+from .sharing import Sharing
 from .status import snapshot
 
 STATUS = "ralmq.status"
@@ -36,6 +38,8 @@ class Core:
         self.roster = Roster(self._out, self.requests, self.pipelines, epoch, self.limits)
         self.requests.builtins[STATUS] = lambda now, asker, prefix, body: self.status(now)
         Operations(self.requests, self.roster)
+        Places(self.requests, self.roster, self.pipelines)
+        Sharing(self.requests)
         self._peers = self.roster.peers
         self.started = now
         self._beat_at = now

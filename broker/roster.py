@@ -13,6 +13,7 @@ from .records import Peer, Pipeline, Sent
 from .requests import Requests
 
 RESERVED = "ralmq."
+IDENTITY = "identity"  # a label
 LOST_MOST = 20  # lost workers that are remembered, to be shown
 
 
@@ -49,6 +50,7 @@ class Roster:
             for old in (known, namesake):
                 if old is not None and self.peers.get(old.key) is old:
                     self.lose(now, old, "announced itself anew")
+            self._check_identity(hello)
         self._tell(key, Welcome(beat_ms=int(self._limits.beat * 1000), name=hello.name))
         if key not in self.peers:
             self._add(now, Peer(key, hello, hello.name, now, hello.capacity, progress_at=now, user=user, entry=entry))
@@ -143,6 +145,23 @@ class Roster:
             raise Refused(f"{text}: make one with `ralmq keys add NAME --role worker`")
         return entry, self._users.setdefault(entry.public, len(self._users) + 1)
 
+    def _check_identity(self, hello: Hello) -> None:
+        """Workers of one service answer alike: one that says it serves something else is no replica of them.
+
+        Who says nothing of it is no rival of anybody, nor is who drains. An earlier self of this peer is gone by now.
+        """
+        own = _identity(hello)
+        for name in hello.services:
+            service = self._requests.services.get(name)
+            for rival in service.workers if service is not None else ():
+                other = _identity(rival.hello)
+                if own and other and other != own:
+                    self._requests.counts["other_identity"] += 1
+                    raise Refused(
+                        f"{name} is served by {rival.name}, which is another ({other}; this one: {own}): "
+                        "give this one a name of its own with -o name=, or stop the other first"
+                    )
+
     def _add(self, now: float, peer: Peer) -> None:
         self.peers[peer.key] = peer
         self.gone.pop(peer.hello.nonce, None)
@@ -180,7 +199,10 @@ class Roster:
             blocks = min(span.kv_blocks for span in pipeline.spans)
             rows = min(span.max_rows for span in pipeline.spans)
             for place, stage in enumerate(pipeline.stages):
-                form = Form(pipeline.model, place, len(pipeline.stages), blocks, rows)
+                following = pipeline.stages[(place + 1) % len(pipeline.stages)]
+                straight = stage.hello.direct is not None and following is not stage
+                onward = following.hello.direct if straight else None
+                form = Form(pipeline.model, place, len(pipeline.stages), blocks, rows, onward)
                 self._tell(stage.key, form, pipeline.id)
             service = self._requests.service(f"lm:{pipeline.model}")
             service.workers.append(pipeline.leader)
@@ -201,3 +223,8 @@ class Roster:
 
     def _tell(self, key: bytes, message: Any, identity: bytes = NO_ID) -> None:
         self._out.append((key, encode(message, id=identity, epoch=self._epoch)))
+
+
+def _identity(hello: Hello) -> str:
+    """What a worker says that it serves, in its label `identity`; empty where it says nothing."""
+    return str(hello.labels.get(IDENTITY) or "")

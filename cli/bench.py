@@ -46,6 +46,21 @@ def retrieval(quick: Quick = False, as_json: Json = False) -> int:
     return _run("retrieval", quick, as_json)
 
 
+@bench.command()
+def parallel(model: Model = "demo", quick: Quick = False, as_json: Json = False) -> int:
+    """Tokens a second of a model over stages, and over the processes of a stage that share its layers."""
+    return _run("parallel", quick, as_json, "--model", model)
+
+
+@bench.command()
+def gpu(
+    size: Annotated[str, typer.Option("--size", help="Of a Llama with random weights: 1b, 3b, 8b.")] = "1b",
+    as_json: Json = False,
+) -> int:
+    """A whole model on a GPU, against transformers and the bandwidth of its memory; says so where there is none."""
+    return _run("gpu", False, as_json, "--size", size)
+
+
 def _run(name: str, quick: bool, as_json: bool, *more: str) -> int:
     without_keys()
     arguments = [*more, *(["--quick"] if quick else []), *(["--json"] if as_json else [])]

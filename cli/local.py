@@ -4,31 +4,30 @@ import contextlib
 import os
 import select
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Any, Final
 
 import typer
 
-from ..schema.address import BROKER_VARIABLE, DEFAULT_BROKER
-from ..schema.errors import RalmqError, Refused, WorkerFailed
-from .failures import BAD_INPUT, PREFIX
+from ..schema.address import DEFAULT_BROKER
+from ..schema.errors import Refused
+from .background import POLL, SUPERVISOR_LOG, detach
+from .failures import PREFIX
+from .join import show, up_file
 from .serve import Insecure, check_bind
 from .shared import Keys, run
 
-if TYPE_CHECKING:
-    from ..cluster.cluster import Cluster
-
-SUPERVISOR_LOG: Final = "supervisor.log"
 DOWN_WITHIN: Final = 90.0  # seconds; then the supervisor is killed, and its processes end with it
-POLL: Final = 0.1
 Settings = dict[str, Any]  # the keyword arguments of local_cluster
 
 
 def up(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="A cluster file; without one, by options.")
+    ] = None,
+    machine: Annotated[str, typer.Option("--machine", help="Which machine of FILE this is. [default: host]")] = "",
     index: Annotated[list[Path] | None, typer.Option("--index", metavar="DIR", help="An index to serve.")] = None,
     model: Annotated[str, typer.Option("--model", help="A model directory, or demo.")] = "demo",
     stages: Annotated[int, typer.Option("--stages", min=1, help="Processes that share the model's layers.")] = 2,
@@ -37,18 +36,25 @@ def up(
     bind: Annotated[str, typer.Option("--bind", metavar="URL", help="Address of the broker.")] = DEFAULT_BROKER,
     insecure: Insecure = False,
     keys: Keys = None,
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Leave it running in the background.")] = False,
+    in_background: Annotated[bool, typer.Option("--detach", "-d", help="Leave it running in the background.")] = False,
 ) -> None:
-    """Start a local cluster: broker, stages, generator, and a server for each index. Ctrl-C ends it."""
+    """Start a local cluster: broker, stages, generator, index servers; or what a file says. Ctrl-C ends it."""
+    if file is not None:
+        if index or model != "demo" or stages != 2 or threads != 1 or port is not None or bind != DEFAULT_BROKER:
+            raise Refused(f"what to start is in {file}: give no other options than --machine, --keys, --detach")
+        up_file(file, machine, in_background=in_background, keys=keys)
+        return
+    if machine:
+        raise Refused("--machine is one of a cluster file: name the file, too")
     if port is not None:
         if bind != DEFAULT_BROKER:
             raise Refused("--port and --bind both name an address: give one of them")
         bind = f"tcp://127.0.0.1:{port}"
     check_bind(bind, insecure=insecure, keys=keys)
     paths = [path.expanduser() for path in index or ()]
-    if detach:
+    if in_background:
         flags = [flag for path in paths for flag in ("--index", str(path))] + (["--insecure"] if insecure else [])
-        _detach(["--model", model, "--stages", str(stages), "--threads", str(threads), "--bind", bind, *flags])
+        detach(["up", "--model", model, "--stages", str(stages), "--threads", str(threads), "--bind", bind, *flags])
         return
     settings = {"model": model, "stages": stages, "threads": threads, "indexes": paths, "bind": bind}
     try:
@@ -129,7 +135,7 @@ async def _up(settings: Settings) -> None:
                 old.unlink()
         async with local_cluster(**settings, directory=directory) as cluster:
             status = await cluster.ready()
-            _show(cluster, status)
+            show(cluster, status)
 
             def record() -> None:
                 children = cluster.children.values()
@@ -138,51 +144,3 @@ async def _up(settings: Settings) -> None:
 
             record()
             await supervise(cluster, lambda line: typer.echo(f"{PREFIX}{line}", err=True), record)
-
-
-def _show(cluster: "Cluster", status: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    from .tables import processes
-
-    Console().print(processes({child.name: child.pid for child in cluster.children.values()}, cluster.url, status))
-    if cluster.url != DEFAULT_BROKER:
-        typer.echo(f"export {BROKER_VARIABLE}={cluster.url}")
-    typer.echo(f"ready at {cluster.url}")
-
-
-def _detach(arguments: list[str]) -> None:
-    """Starts the same command in the background and waits until it is ready."""
-    from ..cluster.record import running, state_directory
-
-    directory = state_directory()
-    found = running(directory)
-    if found is not None:
-        raise Refused(f"a cluster is up already at {found['url'] or 'its start'}: end it with `ralmq down`")
-    directory.mkdir(parents=True, exist_ok=True)
-    log = directory / SUPERVISOR_LOG
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ralmq", "up", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
-        while process.poll() is None:
-            record = running(directory)
-            if record is not None and record["pid"] == process.pid and record["ready"]:
-                typer.echo(log.read_text(errors="replace").rstrip())
-                return
-            time.sleep(POLL)
-    except BaseException:
-        process.terminate()  # nobody would know of it
-        raise
-    from ..cluster.child import last_line
-
-    raise _background_failure(process.returncode, last_line(log).removeprefix(PREFIX))
-
-
-def _background_failure(code: int, line: str) -> RalmqError:
-    return Refused(line) if code == BAD_INPUT else WorkerFailed(f"the cluster did not come up: {line}")

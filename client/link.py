@@ -337,5 +337,6 @@ class Link:
         """What the broker says of HELLO itself ends `open`; later there is no one to tell but the log."""
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(error)
-        else:
+        elif error.message != self._reason:  # once, however often it is tried
+            self._reason = error.message
             log.warning("%s: the broker refuses what is sent: %s", self.hello.name, error.message)

@@ -34,14 +34,20 @@ class Child:
         log: file that takes what it writes to stdout and stderr.
         threads: its OMP_NUM_THREADS.
         asked: whether it was asked to end.
+        label: beginning of the name that its worker gives itself, where pids do not tell it from others.
+        waits: for other machines, before it serves.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str], log: Path, threads: int = 1) -> None:
+    def __init__(
+        self, name: str, arguments: Sequence[str], log: Path, threads: int = 1, *, label: str = "", waits: bool = False
+    ) -> None:
         self.name = name
         self.arguments = tuple(arguments)
         self.log = log
         self.threads = threads
         self.asked = False
+        self.label = label
+        self.waits = waits
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, lifeline: Lifeline, again: bool = False) -> None:
@@ -92,6 +98,8 @@ class Child:
         line = last_line(self.log)
         if self.code == BAD_INPUT:
             return Refused(line.removeprefix("ralmq: "))
+        if self.code == 0:  # its last line says what it did, not why it ended
+            return WorkerFailed(f"{self.name} ended in order, asked by a signal or `ralmq drain` (log: {self.log})")
         how = (
             f"was killed by signal {-self.code}" if self.code is not None and self.code < 0 else f"ended ({self.code})"
         )

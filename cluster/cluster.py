@@ -5,7 +5,7 @@ Knows processes and `ralmq.status`; not what a worker does.
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 from ..client.client import connect
 from ..schema.errors import DeadlineExceeded, Refused
 from ..workers.host import CLEAN_UP, DRAIN
+from .addresses import from_elsewhere, from_here
 from .child import Child, Lifeline
 
 LOOPBACK: Final = "tcp://127.0.0.1:*"  # any free port
@@ -28,16 +29,32 @@ class Cluster:
     Args:
         directory: for one log a process; made where it is missing.
         bind: the broker's address.
+        join: address of a broker that runs elsewhere: none is started.
+        site: of several machines, the name of this one; `ralmq status` shows NAME@SITE.
+        outside: where other machines reach the broker, when that is known.
         threads: OMP_NUM_THREADS of each process that is not told otherwise.
 
     Attributes:
-        url: the broker's address, its port filled in.
+        url: where the broker is reached from here, its port filled in.
+        outside: the same for other machines.
         children: by name, ended ones included.
     """
 
-    def __init__(self, directory: Path, *, bind: str = LOOPBACK, insecure: bool = False, threads: int = 1) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        bind: str = LOOPBACK,
+        insecure: bool = False,
+        threads: int = 1,
+        join: str = "",
+        site: str = "",
+        outside: str = "",
+    ) -> None:
         self.directory = directory
-        self.url = ""
+        self.url = join
+        self.outside = outside or join
+        self.site = site
         self.children: dict[str, Child] = {}
         self._bind = bind
         self._insecure = insecure
@@ -48,13 +65,17 @@ class Cluster:
     async def __aenter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lifeline = Lifeline()
+        if self.url:
+            return self
         try:
             flags = ["--insecure"] if self._insecure else []
             broker = await self._start("broker", ["broker", "--bind", self._bind, *flags], self._threads)
-            self.url = await _address(broker)
+            self._bound = await _address(broker)
         except BaseException:
             await self.stop()
             raise
+        self.url = from_here(self._bound)
+        self.outside = self.outside or from_elsewhere(self._bound)
         return self
 
     async def __aexit__(
@@ -62,26 +83,38 @@ class Cluster:
     ) -> None:
         await self.stop()
 
-    async def spawn(self, worker: str, *arguments: str, name: str = "", threads: int | None = None) -> Child:
+    async def spawn(
+        self, worker: str, *arguments: str, name: str = "", threads: int | None = None, waits: bool = False
+    ) -> Child:
         """Starts `ralmq worker WORKER ARGUMENTS` on this broker; `ready` tells when it serves.
 
         Args:
             worker: built-in name or module:Class.
             arguments: such as "-o", "key=value".
             name: of the process; by default the worker's, with a number where there are several.
+            waits: it may wait for other machines before it serves: `ready` does not wait for it.
         """
         name = name or self._free_name(worker.rpartition(":")[2].lower())
-        line = ["worker", worker, "--broker", self.url, *arguments]
-        return await self._start(name, line, threads or self._threads)
+        label = f"{name}@{self.site}" if self.site else ""
+        line = ["worker", worker, "--broker", self.url, *(["--name", label] if label else []), *arguments]
+        return await self._start(name, line, threads or self._threads, label, waits)
 
     async def restart(self, name: str) -> Child:
         """Starts a process that has ended with the same command again; a broker takes the address that it had."""
         old = self.children[name]
-        arguments = [self.url if argument == self._bind else argument for argument in old.arguments]
-        return await self._start(name, arguments, old.threads)
+        arguments = list(old.arguments)
+        if name == "broker":
+            arguments = [self._bound if argument == self._bind else argument for argument in arguments]
+        return await self._start(name, arguments, old.threads, old.label, old.waits)
 
-    async def ready(self, within: float = READY_WITHIN) -> dict[str, Any]:
+    async def ready(
+        self, within: float = READY_WITHIN, *, only: Collection[str] = (), pipelines: bool = True
+    ) -> dict[str, Any]:
         """Waits until every worker is known to the broker and every model has its pipeline. Returns the status.
+
+        Args:
+            only: these processes; all where none is named.
+            pipelines: False where other machines hold layers.
 
         Raises:
             Refused: a process ended because its input is to be mended.
@@ -92,10 +125,10 @@ class Cluster:
         try:
             async with asyncio.timeout(within), connect(self.url, wait=within, name="supervisor") as client:
                 while True:
-                    self._check()
+                    self._check(only)
                     with contextlib.suppress(DeadlineExceeded):
                         status = await client.status(deadline=1.0)
-                        missing = self._missing(status)
+                        missing = self._missing(status, only, pipelines)
                         if not missing:
                             return status
                     await asyncio.sleep(POLL)
@@ -123,10 +156,12 @@ class Cluster:
 
     # -- inside
 
-    async def _start(self, name: str, arguments: list[str], threads: int) -> Child:
+    async def _start(
+        self, name: str, arguments: list[str], threads: int, label: str = "", waits: bool = False
+    ) -> Child:
         if name in self.children and self.children[name].code is None:
             raise Refused(f"a process called {name} runs in this cluster: give another name")
-        child = Child(name, arguments, self.directory / f"{name}.log", threads)
+        child = Child(name, arguments, self.directory / f"{name}.log", threads, label=label, waits=waits)
         await child.start(self._lifeline, again=name in self.children)
         self.children[name] = child
         watcher = asyncio.create_task(self._watch(child))
@@ -145,22 +180,28 @@ class Cluster:
             number += 1
         return name
 
-    def _check(self) -> None:
-        for child in self.children.values():
-            if child.code is not None and not child.asked:
+    def _chosen(self, only: Collection[str]) -> list[Child]:
+        return [child for name, child in self.children.items() if not child.asked and (not only or name in only)]
+
+    def _check(self, only: Collection[str]) -> None:
+        for child in self._chosen(only):
+            if child.code is not None:
                 raise child.failure()
 
-    def _missing(self, status: dict[str, Any]) -> str:
-        known = {worker["pid"] for worker in status["workers"]}
+    def _missing(self, status: dict[str, Any], only: Collection[str], pipelines: bool) -> str:
+        pids = {worker["pid"] for worker in status["workers"]}
+        labels = {worker["name"].rpartition("-")[0] for worker in status["workers"]}  # pids of others may be the same
         silent = [
             child.name
-            for child in self.children.values()
-            if child.name != "broker" and not child.asked and child.pid not in known
+            for child in self._chosen(only)
+            if child.name != "broker"
+            and not child.waits
+            and (child.label not in labels if child.label else child.pid not in pids)
         ]
         if silent:
             return f"{', '.join(silent)} not announced yet"
-        gaps = [f"{line['model']} lacks layers {line['missing']}" for line in status["pipelines"] if not line["formed"]]
-        return ", ".join(gaps)
+        lines = status["pipelines"] if pipelines else ()
+        return ", ".join(f"{line['model']} lacks layers {line['missing']}" for line in lines if not line["formed"])
 
 
 async def _address(broker: Child) -> str:

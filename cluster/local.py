@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
+from ..workers.generator.encdec import start_of
+from ..workers.models import resolve
 from .cluster import LOOPBACK, READY_WITHIN, Cluster
 
 
@@ -45,6 +47,8 @@ async def local_cluster(
                 await cluster.spawn("stage", *_flags(*options), name=f"stage-{place}", threads=threads)
             if generator:
                 await cluster.spawn("generator", *_flags(f"model={model}"))
+                if start_of(resolve(model)[1]) is not None:  # an encoder-decoder
+                    await cluster.spawn("t5-encoder", *_flags(f"model={model}", f"threads={threads}"), threads=threads)
             for path in indexes:
                 await cluster.spawn("index", *_flags(f"index={path}"))
             for worker, *arguments in extra:

@@ -30,6 +30,7 @@ from .message import CODES, KINDS
 from .tensor import Tensor, checked_size, tensor_of
 
 TENSORS = "tensors"
+NOTHING = msgpack.packb([])  # the routing section of kinds that have none
 _Plan = tuple[list[tuple[str, Check, bool]], list[tuple[str, Check, bool]], bool]
 
 
@@ -78,7 +79,7 @@ def encode(
     except Malformed as error:
         broken = (name for name, check, _ in (*routing_fields, *body_fields) if _refuses(check, getattr(message, name)))
         raise Malformed(f"{next(broken)}: {error.message}") from None
-    routing = _packed(routed, "routing", MAX_ROUTING)
+    routing = _packed(routed, "routing", MAX_ROUTING) if routed else NOTHING
     inline, frames, descriptors = _lay_out(getattr(message, TENSORS, ()))
     if descriptors:
         values[TENSORS] = descriptors
@@ -119,7 +120,8 @@ def decode(frames: Sequence[Any]) -> tuple[Prefix, Any]:
         raise Malformed(f"unknown message kind {prefix.kind}: the other side may be newer")
     routing_end, body_end = sections(head)
     routing_fields, body_fields, has_tensors = plan(cls)
-    values = _routing_values(unpacked(head[HEAD:routing_end]), routing_fields)
+    routing = head[HEAD:routing_end]
+    values = {} if routing == NOTHING and not routing_fields else _routing_values(unpacked(routing), routing_fields)
     body: Any = {}
     if prefix.flags & BODY_APART:
         if not rest or len(rest[0]) > MAX_BODY or body_end > routing_end:
@@ -131,7 +133,10 @@ def decode(frames: Sequence[Any]) -> tuple[Prefix, Any]:
         raise Malformed("the body is no map")
     for name, check, required in body_fields:
         if name in body:
-            values[name] = _checked(name, check, body[name])
+            try:
+                values[name] = check(body[name])
+            except Malformed as error:
+                raise Malformed(f"{name}: {error.message}") from None
         elif required:
             raise Malformed(f"{cls.__name__} lacks {name}")
     tensors = _tensors(body.get(TENSORS, []), head[body_end + (-body_end % ALIGNMENT) :], rest)

@@ -22,6 +22,9 @@ SUFFIX: Final = ".key"
 CLIENT, WORKER, ADMIN = ROLES = ("client", "worker", "admin")
 RESERVED: Final = "ralmq."  # services of the broker itself
 STATUS: Final = "ralmq.status"
+PLACE: Final = "ralmq.place"  # which layers a stage that joins is to take
+CLUSTER: Final = "ralmq.cluster"  # what the cluster's file has for a machine that joins
+FOR_WORKERS: Final = (PLACE, CLUSTER)
 EVERYTHING: Final = ("*",)
 _KEY: Final = re.compile(r"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -47,8 +50,9 @@ class Entry:
         return self.role == WORKER and any(fnmatchcase(service, pattern) for pattern in self.offers)
 
     def may_ask(self, service: str) -> bool:
-        """What the broker itself answers is for an admin, its status apart."""
-        return self.role == ADMIN or service == STATUS or not service.startswith(RESERVED)
+        """What the broker itself answers is for an admin, its status apart, and what a machine asks to join."""
+        joins = self.role == WORKER and service in FOR_WORKERS
+        return self.role == ADMIN or service == STATUS or joins or not service.startswith(RESERVED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,19 @@ class Span(NamedTuple):
     context: int
 
 
+class Direct(NamedTuple):
+    """Where a peer takes messages from its neighbours without the broker.
+
+    `host` is equal for peers that may share memory and a local socket, `near` that socket; `far` is tcp://host:port or
+    "", `key` the CURVE public key of that port or "".
+    """
+
+    host: str
+    key: str
+    near: str
+    far: str
+
+
 class Row(NamedTuple):
     """One sequence's share of a STEP: `length` tokens from absolute `position` on; `blocks` is its block table."""
 
@@ -96,6 +109,8 @@ def _span(value: Any) -> Span:
 
 
 _SPAN_FIELDS = _tuple_of(Span, NAME, text(64), NUMBER, NUMBER, NUMBER, NUMBER, NUMBER, NUMBER)
+_ADDRESS = text(MAX_NAME)
+_DIRECT = _tuple_of(Direct, _ADDRESS, text(40), _ADDRESS, _ADDRESS)
 _BLOCKS = integers(0, U31, MAX_ROWS)
 _ROW = _tuple_of(Row, identifier, integer(0, MAX_ATTEMPT), NUMBER, NUMBER, _BLOCKS)
 _START = _tuple_of(Start, NUMBER, NUMBER, mapping)
@@ -117,6 +132,7 @@ class Hello:
     stall_ms: Annotated[int, routing(NUMBER)] = 30_000
     labels: Annotated[dict[str, Any], routing(facts)] = field(default_factory=dict)
     span: Annotated[Span | None, routing(maybe(_span))] = None
+    direct: Annotated[Direct | None, routing(maybe(_DIRECT))] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,13 +232,17 @@ class Credit:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """You are stage `place` of `stages` of the pipeline whose id is in the prefix."""
+    """You are stage `place` of `stages` of the pipeline whose id is in the prefix.
+
+    `onward`: where the next stage, of the last one the first, takes STEPs directly; None: through the broker.
+    """
 
     model: Annotated[str, routing(NAME)]
     place: Annotated[int, routing(NUMBER)]
     stages: Annotated[int, routing(integer(1, 4096))]
     kv_blocks: Annotated[int, routing(NUMBER)]
     max_rows: Annotated[int, routing(NUMBER)]
+    onward: Annotated[Direct | None, routing(maybe(_DIRECT))] = None
 
 
 @dataclass(frozen=True, slots=True)

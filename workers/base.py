@@ -1,11 +1,12 @@
 """What a worker class is. Knows requests and replies; no socket, no event loop of its own."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
 from ..schema.frame import Prefix
-from ..schema.message import Beat, Span
+from ..schema.message import Beat, Direct, Span
 from ..schema.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Worker:
     max_batch: int = 1
     max_wait: float = 0.0
     identity: str = ""
-    labels: ClassVar[dict[str, Any]] = {}
+    labels: Mapping[str, Any] = MappingProxyType({})  # shown of it in `ralmq status`; known once `start` is done
     host: "Host"
 
     @property
@@ -99,6 +100,11 @@ class Worker:
     @property
     def span(self) -> Span | None:
         """The layers that a pipeline stage offers; known once `start` is done."""
+        return None
+
+    @property
+    def direct(self) -> Direct | None:
+        """Where neighbours reach it without the broker; known once `start` is done."""
         return None
 
     def take(self, prefix: Prefix, message: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import zmq
 
-from ..client.client import Client
+from ..client.client import Client, connect
 from ..client.link import Link
 from ..schema.errors import Malformed, RalmqError, Refused, RequestCancelled, WorkerFailed
 from ..schema.frame import Prefix
@@ -75,7 +75,7 @@ class Host:
     ) -> None:
         self.worker = worker
         self.kind = name or type(worker).__name__.lower()
-        self._url = url
+        self.url = url
         self._context = context
         self._keys = keys
         self._jobs: dict[Key, Job] = {}
@@ -101,6 +101,10 @@ class Host:
             await self.worker.stop()
             raise
 
+    def asking(self, wait: float) -> Client:
+        """A client of the same broker, for what a worker must know before it is announced; opened by `async with`."""
+        return connect(self.url, wait=wait, name=self.kind, context=self._context, keys=self._keys)
+
     async def _announce(self, wait: float) -> None:
         if not self.worker.services and self.worker.span is None:
             raise Refused(f'{type(self.worker).__name__} serves nothing: give the class a `service = "name"`')
@@ -113,9 +117,10 @@ class Host:
             stall_ms=int(self.worker.stall_limit * 1000),
             labels=self._labels(),
             span=self.worker.span,
+            direct=self.worker.direct,
         )
         self.link = Link(
-            self._url,
+            self.url,
             hello,
             take=self._take,
             lost=self._forgotten,

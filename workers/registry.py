@@ -19,6 +19,7 @@ BUILT_IN: Final = {
     "generator": "ralmq.workers.generator.worker:Generator",
     "encoder": "ralmq.workers.encoder.worker:Encoder",
     "t5-encoder": "ralmq.workers.encoder.states:StateEncoder",
+    "module": "ralmq.remote.worker:ModuleWorker",
     "ralm-gateway": "ralmq.workers.gateway:RalmGateway",
 }
 

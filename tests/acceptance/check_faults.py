@@ -31,14 +31,15 @@ BEAT = Limits().beat
 
 
 @asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[tuple[Cluster, Client]]:
-    """Two stages, two generators, an index, each started again at once when it ends; a client."""
+async def running(folder: Path, stages: int = STAGES, **extra: Any) -> AsyncIterator[tuple[Cluster, Client]]:
+    """Stages (with options of theirs), two generators, an index, each started again at once when it ends; a client."""
     path = tiny("llama", folder / "model")
     flags = ("-o", f"model={path}", "-o", f"name={MODEL}")
     async with Cluster(folder / "logs") as cluster:
-        for place in range(STAGES):
-            options = ("-o", f"stage={place}/{STAGES}", "-o", "deterministic=8")
-            await cluster.spawn("stage", *flags, *options, name=f"stage-{place}")
+        for place in range(stages):
+            options = {"stage": f"{place}/{stages}", "deterministic": 8, **extra}
+            given = [flag for name, value in options.items() for flag in ("-o", f"{name}={value}")]
+            await cluster.spawn("stage", *flags, *given, name=f"stage-{place}")
         for copy in range(2):
             await cluster.spawn("generator", *flags, name=f"generator-{copy}")
         await cluster.ready()

@@ -82,6 +82,56 @@ def test_a_killed_process_is_reported_with_its_last_line(tmp_path: Path) -> None
     asyncio.run(go())
 
 
+def test_a_drained_process_is_said_to_be_so_and_started_again(tmp_path: Path) -> None:
+    """What its log says last is no reason: it ended in order."""
+    lines: list[str] = []
+
+    async def go() -> None:
+        async with Cluster(tmp_path) as cluster:
+            supervisor = asyncio.create_task(supervise(cluster, lines.append, first=0.01))
+            child = await cluster.spawn("echo")
+            await cluster.ready()
+            os.kill(child.pid, signal.SIGTERM)
+            while "echo was started again" not in lines:
+                await asyncio.sleep(0.01)
+            supervisor.cancel()
+            assert child.code == 0
+
+    asyncio.run(go())
+    assert lines[0].startswith("echo ended in order, asked by a signal or `ralmq drain` (log: ")
+    assert "serves" not in lines[0] and len(lines) == 2
+
+
+def test_every_interface_is_bound_and_one_is_connected_to(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with Cluster(tmp_path, bind="tcp://0.0.0.0:*", insecure=True) as cluster:
+            assert cluster.url.startswith("tcp://127.0.0.1:")
+            assert "0.0.0.0" not in cluster.outside
+            await cluster.spawn("echo")
+            await cluster.ready()
+            before = cluster.url
+            cluster.children["broker"].kill()
+            await cluster.children["broker"].wait()
+            await cluster.restart("broker")
+            async with ralmq.connect(before, wait=30) as client:
+                assert (await client.request("echo", {"n": 1}, wait_service=30)).body == {"n": 1}
+
+    asyncio.run(go())
+
+
+def test_an_encoder_decoder_comes_with_its_encoder(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    shape = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 2, "vocab_size": 64}
+    T5ForConditionalGeneration(T5Config(**shape)).save_pretrained(tmp_path / "t5")
+
+    async def go() -> set[str]:
+        async with local_cluster(model=str(tmp_path / "t5"), stages=2) as cluster:
+            return set((await cluster.ready())["services"])
+
+    assert asyncio.run(go()) == {"lm:t5", "generate:t5", "encode:t5"}
+
+
 def test_what_is_missing_is_named_when_it_takes_too_long(tmp_path: Path) -> None:
     async def go() -> None:
         async with Cluster(tmp_path) as cluster:

@@ -9,6 +9,7 @@ from checkpoints import FAMILIES, VOCAB, tiny
 from ralmq.workers.engine.checkpoint import Checkpoint
 from ralmq.workers.engine.config import read_config
 from ralmq.workers.engine.errors import CheckpointError
+from ralmq.workers.engine.headers import Headers
 from ralmq.workers.engine.model import ADAPTER
 from ralmq.workers.engine.span import Row, Span
 from ralmq.workers.engine.split import even_cuts, span_tensors, split
@@ -128,15 +129,15 @@ def test_progress_is_in_bytes_and_a_failure_leaves_nothing(tmp_path: Path, monke
     size = sum(e.end - e.begin for part in map(Checkpoint, parts) for e in map(part.entry, part.names()))
     assert told[0] == (0, size) and told[-1] == (size, size)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
-    raw, calls = Checkpoint.raw, []
+    raw, calls = Headers.raw, []
 
-    def failing(self: Checkpoint, name: str) -> object:
+    def failing(self: Headers, name: str) -> object:
         calls.append(name)
         if len(calls) == 30:
             raise OSError(28, "No space left on device", name)
         return raw(self, name)
 
-    monkeypatch.setattr(Checkpoint, "raw", failing)
+    monkeypatch.setattr(Headers, "raw", failing)
     with pytest.raises(OSError, match="No space left"):
         split(whole, 2, tmp_path / "other")
     assert len(calls) == 30 and list((tmp_path / "other").iterdir()) == []

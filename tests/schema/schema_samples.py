@@ -10,6 +10,7 @@ from ralmq.schema.message import (
     Bye,
     Cancel,
     Credit,
+    Direct,
     Error,
     Final,
     Form,
@@ -69,6 +70,7 @@ SAMPLES: list[Message] = [
     Cancel("the reader is gone"),
     Credit(128),
     Form("demo", 0, 2, 512, 32),
+    Form("demo", 1, 2, 512, 32, Direct("host", "key", "ipc://@near", "tcp://10.0.0.2:4000")),
     Step(),
     Step(
         rows=(Row(ID, 1, 0, 5, (3, 4)), Row(OTHER, 2, 17, 1, ())),

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 from checkpoints import tiny
+from stage.table import Ways
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+@pytest.fixture(params=[False, True], ids=["host", "device"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling in the host's memory, and where the logits are."""
+    monkeypatch.setattr(Ways, "ahead", request.param)
 
 
 @pytest.fixture(scope="session")

@@ -38,8 +38,14 @@ class Head:
         return (hidden if want is None else hidden[torch.tensor(want)]) @ HEAD
 
 
+class Ways:
+    """Whether tokens are drawn where logits are, as on an accelerator."""
+
+    ahead = False
+
+
 def new(hooks: dict[str, LogitsHook] | None = None) -> Last:
-    return Last(Head(), "print", hooks)  # type: ignore[arg-type]
+    return Last(Head(), "print", hooks, Ways.ahead)  # type: ignore[arg-type]
 
 
 def key_of(number: int) -> Key:

@@ -9,10 +9,9 @@ from ralmq.schema.message import Step
 from ralmq.workers.engine.t5_span import CrossRow
 from ralmq.workers.params import Task
 from ralmq.workers.stage.batch import Sequence
-from ralmq.workers.stage.cross import before, cross_rows, onward, remember
+from ralmq.workers.stage.cross import before, cross_rows, onward, remember, step_of
 from ralmq.workers.stage.leader import Leader
 from ralmq.workers.stage.weights import Loaded, load, place_of
-from ralmq.workers.stage.worker import _step_of
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def test_a_step_carries_the_states_that_are_among_its_rows() -> None:
     given: list[list[np.ndarray]] = [[], []]
     shapes: set[tuple[int, bool]] = set()
     while (batch := leader.next()) is not None:
-        step = sent(_step_of(batch))
+        step = sent(step_of(batch))
         rows = rows_of(step, True)
         for row, where in zip(rows, step.rows, strict=True):
             assert row.remembered == (0 if row.states is None else len(row.states))

@@ -17,7 +17,7 @@ from ralmq.workers.index.query import Params
 from ralmq.workers.index.store import open_index
 from ralmq.workers.index.writer import write_index
 from ralmq.workers.search.answer import MAX_PAYLOADS
-from ralmq.workers.stage import neighbours
+from ralmq.workers.stage import neighbours, searches
 from ralmq.workers.stage.last import PASSAGES
 from ralmq.workers.stage.worker import Stage
 from serving import until
@@ -216,16 +216,16 @@ def test_an_index_that_is_away_for_long_is_asked_again(
         last = running.hosts[1].worker
         assert isinstance(last, Stage)
         tries = 0
-        asked = last._asked
+        asked = searches._asked
 
-        async def counted(query: Any) -> Any:
+        async def counted(client: Client, query: Any) -> Any:
             nonlocal tries
             tries += 1
             if busy and tries < 4:
                 raise Busy("its queue is full")
-            return await asked(query)
+            return await asked(client, query)
 
-        last._asked = counted  # type: ignore[method-assign]
+        monkeypatch.setattr(searches, "_asked", counted)
         index.gate.clear()
         text = asyncio.create_task(generated(running.client, PROMPT, max_tokens=3, retrieve=knn()))
         await until(lambda: tries >= 4)

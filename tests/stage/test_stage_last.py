@@ -13,6 +13,8 @@ from ralmq.workers.stage.last import PASSAGES, Outcome
 from ralmq.workers.stage.neighbours import Neighbours
 from stage.table import CONTEXT, ENTERED, EOS, VOCAB, D, answered, key_of, knn, lm, neighbours, new, run, start, step
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 def test_plain_rows_end_by_their_limit() -> None:
     last = new()

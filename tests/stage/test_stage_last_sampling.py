@@ -11,6 +11,8 @@ from ralmq.workers.hooks import LogitsHook
 from ralmq.workers.params import Retrieval, Task
 from stage.table import HEAD, HIDDEN, VOCAB, key_of, knn, lm, new, run, start, step
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 def test_alternatives_travel_with_the_token() -> None:
     last = new()

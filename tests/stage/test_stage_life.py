@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ralmq.client.stream import Stream
 from ralmq.errors import DeadlineExceeded, RalmqError, WorkerFailed, WorkerLost
 from ralmq.workers.stage.batch import Phase
@@ -198,7 +199,7 @@ def test_a_message_that_cannot_travel_ends_its_sequence(checkpoint: Callable[[st
 
         forward = members[0]._runner._span.forward
         members[0]._runner._span.forward = lambda rows, ids: (  # type: ignore[method-assign]
-            np.zeros((1, 300 << 20), np.uint8) if rows[0].count == 65 else forward(rows, ids)
+            torch.zeros(1, 300 << 20, dtype=torch.uint8) if rows[0].count == 65 else forward(rows, ids)
         )
         with pytest.raises(WorkerFailed, match="Malformed: a tensor"):
             await generated(running.client, [8] * 65, max_tokens=20)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ralmq.schema.message import Active, Error, Partial, Return, Row, Start, Step
+from ralmq.workers.engine.errors import RankLost
 from ralmq.workers.params import Task
 from ralmq.workers.stage.runner import Runner
 
@@ -19,6 +20,8 @@ class Layers:
     """A span that adds one to what enters it, and raises where told to."""
 
     config = SimpleNamespace(eos_ids=(), hidden=4, context=64, vocab=4)
+    device = torch.device("cpu")
+    is_first = True
 
     def __init__(self, is_last: bool) -> None:
         self.is_last = is_last
@@ -109,3 +112,12 @@ def test_a_new_pipeline_begins_with_nothing() -> None:
     runner.run(step())
     runner.reset()
     assert runner.last is not None and len(runner.last) == 0
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_lost_rank_is_no_fault_of_the_rows(is_last: bool) -> None:
+    """Nobody is told of an error: the stage ends, and what is asked of it is asked of another."""
+    runner, layers = made(is_last)
+    layers.error = RankLost("rank 0 of 2 has lost one of the others")
+    with pytest.raises(RankLost):
+        runner.run(step())

@@ -65,6 +65,29 @@ async def test_a_worker_that_cannot_start_or_finds_no_broker() -> None:
             await here.worker(nameless)
 
 
+async def test_workers_of_one_name_and_other_identity_are_refused() -> None:
+    def life(identity: str) -> Life:
+        made = Life()
+        made.identity = identity
+        return made
+
+    async with cluster() as here:
+        first = await here.worker(life("a"))
+        other = life("b")
+        with pytest.raises(errors.Refused, match=r"life is served by life-.* \(a; this one: b\).*-o name="):
+            await here.worker(other)
+        assert other.events == ["start", "stop"]
+        await here.worker(life("a"))
+        client = await here.client()
+        status = await client.status()
+        assert [worker["labels"] for worker in status["workers"]] == [{"identity": "a"}] * 2
+        before = first.link.hello.nonce
+        first.link.renew("a test asks for it")
+        peers = here.server.core.roster.peers
+        await until(lambda: any(peer.hello.nonce == first.link.hello.nonce != before for peer in peers.values()))
+        assert len(here.in_flight()) == 2 and here.counts["other_identity"] == 1
+
+
 class Two(ralmq.Worker):
     """One worker under two names."""
 

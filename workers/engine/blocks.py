@@ -50,7 +50,7 @@ class GatedMLP:
     """down(act(gate(x)) * up(x)), gate and up being one matrix."""
 
     gate_up: Linear
-    down: Linear
+    down: Map
     activation: Map
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class MLP:
     """down(act(up(x)))."""
 
     up: Linear
-    down: Linear
+    down: Map
     activation: Map
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Attention:
     """Causal attention over cached and new tokens; query heads share kv heads (Ainslie et al. 2023)."""
 
     qkv: Linear  # queries, keys, values in this order
-    out: Linear
+    out: Map
     heads: int
     kv_heads: int
     head_dim: int

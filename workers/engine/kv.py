@@ -9,17 +9,26 @@ class KVCache:
     """`blocks` blocks for each of `layers` layers. A slot is block id * 16 + place in the block.
 
     Zeroed at the start, because a masked slot still enters the product with the values (0 * NaN is NaN).
+    `spare` blocks lie behind those that are given out.
     """
 
     def __init__(
-        self, layers: int, blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str | torch.device
+        self,
+        layers: int,
+        blocks: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        spare: int = 0,
     ) -> None:
         self.blocks = blocks
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         width = 2 * kv_heads * head_dim
-        self._layers = [torch.zeros(blocks, BLOCK * width, dtype=dtype, device=device) for _ in range(layers)]
-        self._slots = [layer.view(blocks * BLOCK, 2 * kv_heads, head_dim) for layer in self._layers]
+        size = blocks + spare
+        self._layers = [torch.zeros(size, BLOCK * width, dtype=dtype, device=device) for _ in range(layers)]
+        self._slots = [layer.view(size * BLOCK, 2 * kv_heads, head_dim) for layer in self._layers]
         self.bytes_per_block = layers * BLOCK * width * dtype.itemsize
 
     def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:

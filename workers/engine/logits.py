@@ -44,6 +44,16 @@ class History:
         view.flags.writeable = False
         return view
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether the logits of the next token are changed at all."""
+        return bool(len(self._biased[0]) or self._seen or self._made or self._early)
+
+    @property
+    def _early(self) -> bool:
+        """An end of the text would come too early."""
+        return len(self._stops) > 0 and self._length - self._start < self._params.min_tokens
+
     def add(self, token: int) -> None:
         """A token was sampled."""
         if self._length == len(self._buffer):
@@ -61,8 +71,7 @@ class History:
         2019, as transformers); frequency is subtracted for each occurrence in the output, presence once (as OpenAI).
         """
         params, (biased, bias) = self._params, self._biased
-        early = len(self._stops) > 0 and self._length - self._start < params.min_tokens
-        if not (len(biased) or self._seen or self._made or early):
+        if not self.adjusts:
             return logits
         out = logits.copy()
         out[biased] += bias.astype(out.dtype)
@@ -74,7 +83,7 @@ class History:
         if self._made is not None:
             ids, counts = self._made.ids, self._made.counts
             out[ids] -= (params.frequency_penalty * counts + params.presence_penalty).astype(out.dtype)
-        if early:
+        if self._early:
             kept = out[self._stops]
             out[self._stops] = -np.inf
             if out.max() == -np.inf:  # a hook has left nothing else: better an early end than none

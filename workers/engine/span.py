@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, Self, overload
 
 import torch
 from torch import Tensor
@@ -11,11 +11,13 @@ from torch.nn import functional
 from .blocks import Block, Experts, Map
 from .checkpoint import Checkpoint
 from .config import ModelConfig, read_config
+from .device import upload
 from .families import Loader
+from .graphs import CudaGraphs, Decoder, eagerly
 from .kv import KVCache
-from .linear import Linear
 from .model import ADAPTER
 from .pool import BLOCK
+from .shard import SlicedCheckpoint, share_of
 from .step import Row, Step, calls, check_rows, plan, rope_table
 
 if TYPE_CHECKING:
@@ -54,11 +56,13 @@ class Span:
         self.embedding: Map | None = None
         self.positions: Tensor | None = None
         self.final_norm: Map | None = None
-        self.output: Linear | None = None
+        self.output: Map | None = None
         self._blocks = blocks
         self._cache = cache
         self._rope = rope
+        self._own = config  # of what is here: less than the model's with `shard`
         self._adapter: Adapter | None = None  # runs the layers instead of blocks of ours
+        self._decoder: Decoder | None = None  # runs steps of one token a row
         self._call = 0  # tokens of each call, where it is always the same
 
     @classmethod
@@ -75,35 +79,30 @@ class Span:
         adapter: bool = False,
         packed: bool = False,
         deterministic: int = 0,
-    ) -> "Span":
+        shard: tuple[int, int] = (0, 1),
+        graphs: bool | None = None,
+    ) -> Self:
         """Reads these layers' tensors, and no others, from a Hugging Face directory.
 
         `blocks` sizes the KV cache (16 tokens each); `progress` is told (parts read, parts in all), a part being a
         layer, the embedding or the head. `adapter` runs a family of ours on transformers' layers as well. `packed`
         lays matrices out for this machine's processor, which is faster. `deterministic` > 0 computes so many tokens at
-        a time, always, so that a token's result has the same bits whatever is computed with it. Raises CheckpointError
-        for the directory, ValueError for the arguments.
+        a time, always, so that a token's result has the same bits whatever is computed with it. `shard`: the part of
+        one rank of several (see RankSpan). `graphs`: steps of one token a row run in a few padded shapes, recorded
+        where the device can (by default on CUDA alone).
+        Raises CheckpointError for the directory, ValueError for the arguments.
         """
         config = read_config(Path(path), adapter=adapter)
-        if not 0 <= first < last <= config.layers:
-            raise ValueError(f"layers {first}:{last} are not a span of the model's {config.layers} layers")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-        if blocks < 1:
-            raise ValueError(f"{blocks} KV blocks hold no token; give at least 1")
+        cls._check(config, first, last, dtype, blocks, deterministic)
         kind, place = DTYPES[dtype], torch.device(device)
-        if config.family == ADAPTER and dtype == "int8":
-            raise ValueError(
-                "dtype 'int8' is of our own layers, and this model runs on transformers'; use fp32 or bf16"
-            )
-        if config.family == ADAPTER and deterministic:
-            raise ValueError("deterministic is of our own layers, and this model runs on transformers'; leave it out")
+        own = share_of(config, *shard)
         if config.family == ADAPTER:
             return cls._adapted(Path(path), config, first, last, kind, place, blocks, progress)
         if config.crossed is not cls.crossed:
             said = "an" if config.crossed else "no"
             raise ValueError(f"{path} is {said} encoder-decoder; T5Span is for those")
-        loader = cls.reads(Checkpoint(path), config, kind, place, int8=dtype == "int8", packed=packed)
+        checkpoint = Checkpoint(path) if shard[1] == 1 else SlicedCheckpoint(path, config, *shard)
+        loader = cls.reads(checkpoint, own, kind, place, int8=dtype == "int8", packed=packed)
         total = last - first + (first == 0) + (last == config.layers)
         tell = progress or (lambda done, total: None)
         tell(0, total)
@@ -111,15 +110,39 @@ class Span:
         for layer in range(first, last):
             layers.append(loader.block(layer))
             tell(len(layers), total)
-        cache = KVCache(last - first, blocks, config.kv_heads, config.head_dim, kind, place)
+        padded = place.type == "cuda" if graphs is None else graphs
+        cache = KVCache(last - first, blocks, own.kv_heads, own.head_dim, kind, place, spare=int(padded))
         longest = min(config.context, blocks * BLOCK)
         rope = rope_table(config, longest, kind, place) if config.ropes else None
         span = cls(config, first, layers, cache, rope, dtype=kind, device=place)
+        span._own = own
         for done, _ in enumerate(span._read_ends(loader), len(layers) + 1):
             tell(done, total)
         span.bytes = loader.bytes
         span._fix(deterministic)
+        if padded and span._steady(shard[1]):
+            span._decoder = Decoder(own, rope, cache, kind, CudaGraphs(place) if place.type == "cuda" else eagerly)
         return span
+
+    @staticmethod
+    def _check(config: ModelConfig, first: int, last: int, dtype: str, blocks: int, deterministic: int) -> None:
+        if not 0 <= first < last <= config.layers:
+            raise ValueError(f"layers {first}:{last} are not a span of the model's {config.layers} layers")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        if blocks < 1:
+            raise ValueError(f"{blocks} KV blocks hold no token; give at least 1")
+        if config.family == ADAPTER and dtype == "int8":
+            raise ValueError(
+                "dtype 'int8' is of our own layers, and this model runs on transformers'; use fp32 or bf16"
+            )
+        if config.family == ADAPTER and deterministic:
+            raise ValueError("deterministic is of our own layers, and this model runs on transformers'; leave it out")
+
+    def _steady(self, ranks: int) -> bool:
+        """Whether a step's kernels depend on its shapes alone, so that it can be recorded: experts choose rows, ranks
+        talk to each other, and what is deterministic has a shape of its own."""
+        return not (self.crossed or self._call or ranks > 1 or any(isinstance(b.mlp, Experts) for b in self._blocks))
 
     def _read_ends(self, loader: Loader) -> Iterator[None]:
         """Embedding and head, where they are of this span; one turn for each."""
@@ -151,7 +174,7 @@ class Span:
         device: torch.device,
         blocks: int,
         progress: Callable[[int, int], None] | None,
-    ) -> "Span":
+    ) -> Self:
         """A span that runs on transformers' layers, which keep their own cache under the same block ids."""
         from .adapter import Adapter
 
@@ -200,31 +223,40 @@ class Span:
         Raises ValueError for rows that do not fit; then nothing was written.
         """
         check_rows(rows, x.shape[0], self.config.context, self._cache.blocks)
+        hidden, entered = self._run(rows, x, ffn_input)
+        return (hidden, entered) if ffn_input else hidden
+
+    def _run(self, rows: Sequence[Row], x: Tensor, ffn_input: bool) -> tuple[Tensor, Tensor]:
+        """What leaves the last layer, and (where it is asked for) what entered its MLP."""
         if self._adapter is not None:
-            hidden, entered = self._adapter.forward(rows, x, ffn_input)
+            made = self._adapter.forward(rows, x, ffn_input)
             self.computed += self.last - self.first
-            return (hidden, entered) if ffn_input else hidden
+            return made
+        x = upload(x, self.device)
+        if self._decoder is not None:
+            done = self.computed + len(self._blocks)
+            replayed = self._decoder.run(rows, x, self._layers)
+            if replayed is not None:
+                self.computed = done
+                return replayed
         if not self._call:
-            step = self._plan(rows)
-            hidden, entered = self._layers(x, step)
-            return (hidden, entered) if ffn_input else hidden
-        made: list[tuple[Tensor, Tensor]] = []
-        x = x.to(self.device)
-        for places, count, step in calls(rows, self._call, self.config, self._rope, self.dtype, self.device):
+            return self._layers(x, self._plan(rows))
+        parts: list[tuple[Tensor, Tensor]] = []
+        for places, count, step in calls(rows, self._call, self._own, self._rope, self.dtype, self.device):
             hidden, entered = self._layers(x[places], step)
-            made.append((hidden[:count], entered[:count]))
-        both = [torch.cat(parts) for parts in zip(*made, strict=True)]
-        return (both[0], both[1]) if ffn_input else both[0]
+            parts.append((hidden[:count], entered[:count]))
+        both = [torch.cat(some) for some in zip(*parts, strict=True)]
+        return both[0], both[1]
 
     def _plan(self, rows: Sequence[Row]) -> Step:
-        return plan(rows, self.config, self._rope, self.dtype, self.device)
+        return plan(rows, self._own, self._rope, self.dtype, self.device)
 
     def _layers(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """What leaves the last layer, and what entered its MLP."""
         if self.embedding is None:
-            hidden = x.to(device=self.device, dtype=self.dtype)
+            hidden = x.to(self.dtype)
         else:
-            hidden = self.embedding(x.to(self.device))
+            hidden = self.embedding(x)
             if self.config.embedding_scale != 1.0:
                 # Rounded to the weights' dtype, as Gemma was trained.
                 hidden = hidden * torch.tensor(self.config.embedding_scale, dtype=self.dtype)
@@ -243,8 +275,11 @@ class Span:
         if not adapted and (self.final_norm is None or self.output is None):
             raise ValueError(f"layers {self.first}:{self.last} hold no head; only the last span has it")
         if want is not None:
-            hidden = hidden[torch.as_tensor(want, dtype=torch.long, device=hidden.device)]
+            hidden = hidden[upload(torch.as_tensor(want, dtype=torch.long), hidden.device)]
         self.computed += 1
+        return self._head(hidden)
+
+    def _head(self, hidden: Tensor) -> Tensor:
         if self._adapter is not None:
             return self._adapter.head(hidden).float()
         if self._call:

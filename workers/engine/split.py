@@ -1,16 +1,14 @@
 """A model directory cut into directories of some layers each, for machines that hold only a part. Computes nothing."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .checkpoint import FINGERPRINT_FILE, Checkpoint
 from .config import read_config
+from .cuts import even_cuts, span_tensors
 from .errors import CheckpointError
-from .families import HEAD, NAMES, prefix_of
-from .model import ADAPTER, ModelConfig
+from .headers import FINGERPRINT_FILE, Headers
 
 WEIGHTS_FILE = "model.safetensors"
 COPIED = (  # what is in a model directory beside weights, and small
@@ -25,32 +23,6 @@ COPIED = (  # what is in a model directory beside weights, and small
 )
 
 
-def even_cuts(layers: int, stages: int) -> list[tuple[int, int]]:
-    """First and last (exclusive) layer of each stage of an even split."""
-    return [(place * layers // stages, (place + 1) * layers // stages) for place in range(stages)]
-
-
-def span_tensors(checkpoint: Checkpoint, config: ModelConfig, first: int, last: int) -> list[str]:
-    """Names of the tensors that layers `first` to `last` - 1 need, sorted, with embedding or head where they have it.
-
-    Of a family without blocks of ours the first and the last span get every tensor that is in no layer.
-    """
-    if config.family == ADAPTER:
-        numbers = {name: _layer_of(name) for name in checkpoint.names()}
-        ends = first == 0 or last == config.layers
-        return [name for name, n in numbers.items() if (ends if n is None else first <= n < last)]
-    names = NAMES[config.family]
-    prefix = prefix_of(checkpoint, names)
-    starts = [prefix + names.layer.format(layer) for layer in range(first, last)]
-    if first == 0:
-        starts += [prefix + names.embedding] + ([prefix + names.positions] if names.positions else [])
-    if last == config.layers:
-        starts += [f"{prefix}{names.final_norm}.", prefix + names.embedding if config.tied else HEAD]
-        starts += [HEAD] if config.crossed else []  # where there is one, it is used whatever the config says
-    starts += names.everywhere
-    return [name for name in checkpoint.names() if name.startswith(tuple(starts))]
-
-
 def split(path: Path, stages: int, out: Path, progress: Callable[[int, int], None] | None = None) -> list[Path]:
     """Writes directories out/0 ... out/(stages - 1), each with its tensors alone, and returns them.
 
@@ -61,7 +33,7 @@ def split(path: Path, stages: int, out: Path, progress: Callable[[int, int], Non
         CheckpointError: a broken checkpoint, a number of stages that its layers do not give, or `out` is not empty.
         OSError: `out` cannot be written.
     """
-    checkpoint, config = Checkpoint(path), read_config(path)
+    checkpoint, config = Headers(path), read_config(path)
     if not 1 <= stages <= config.layers:
         raise CheckpointError(f"{path}: {config.layers} layers split into 1 to {config.layers} stages, not {stages}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -95,7 +67,7 @@ def split(path: Path, stages: int, out: Path, progress: Callable[[int, int], Non
     return made
 
 
-def _write(checkpoint: Checkpoint, names: Sequence[str], file: Path, wrote: Callable[[int], None]) -> None:
+def _write(checkpoint: Headers, names: Sequence[str], file: Path, wrote: Callable[[int], None]) -> None:
     """One safetensors file of these tensors, the ones of wide dtypes first, so that each is aligned to its own."""
     entries = {name: checkpoint.entry(name) for name in names}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -111,9 +83,3 @@ def _write(checkpoint: Checkpoint, names: Sequence[str], file: Path, wrote: Call
             for piece in checkpoint.raw(name):
                 stream.write(piece)
                 wrote(len(piece))
-
-
-def _layer_of(name: str) -> int | None:
-    """The first number between dots, which is the layer's in every naming that transformers has."""
-    found = re.search(r"(?:^|\.)(\d+)\.", name)
-    return int(found[1]) if found else None

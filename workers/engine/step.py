@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .device import upload
 from .model import ModelConfig, Rope
 from .pool import BLOCK
 
@@ -96,9 +97,9 @@ def plan(
             share = config.heads // config.kv_heads
             groups.append(Group(1, slice(start, start + row.count), _views([row], windows, share, dtype, device, 0)))
     if singles:
-        tokens = slice(None) if not groups else torch.tensor(singles, device=device)
+        tokens = slice(None) if not groups else upload(singles, device)
         groups.insert(0, Group(len(singles), tokens, _views(single_rows, windows, 1, dtype, device, width)))
-    where = torch.tensor([positions, slots], device=device)
+    where = upload([positions, slots], device)
     step = Step(where[0], where[1], groups, [])
     if rope is not None:
         # [n, ropes, 2, dims] -> for each rope two of [n, 1, dims]
@@ -127,7 +128,7 @@ def calls(
         places = [*range(start, start + count), *[start] * (size - count)]
         step = plan([tokens[place] for place in places], config, rope, dtype, device, width)
         step.slots = step.slots[:count]
-        yield torch.tensor(places, device=device), count, step
+        yield upload(places, device), count, step
 
 
 def _views(
@@ -153,14 +154,14 @@ def _view(rows: Sequence[Row], window: int, share: int, dtype: torch.dtype, devi
     table = [
         row.blocks[begin:end] + [0] * (width - end + begin) for row, begin, end in zip(rows, begins, ends, strict=True)
     ]
-    first = torch.tensor([row.position for row in rows], device=device).view(-1, 1, 1, 1)
+    first = upload([row.position for row in rows], device).view(-1, 1, 1, 1)
     last = first + torch.arange(rows[0].count, device=device).repeat(share).view(1, 1, -1, 1)
-    keys = torch.tensor(begins, device=device).view(-1, 1, 1, 1) * BLOCK + torch.arange(width * BLOCK, device=device)
+    keys = upload(begins, device).view(-1, 1, 1, 1) * BLOCK + torch.arange(width * BLOCK, device=device)
     hidden = keys > last
     if window:
         hidden |= keys <= last - window
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-    return View(torch.tensor(table, device=device).view(-1), mask)
+    return View(upload(table, device).view(-1), mask)
 
 
 def rope_table(config: ModelConfig, positions: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

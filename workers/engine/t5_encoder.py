@@ -12,9 +12,9 @@ from .blocks import Map
 from .checkpoint import Checkpoint
 from .config import read_config
 from .errors import CheckpointError
-from .families import NAMES
 from .linear import Linear
 from .model import ModelConfig
+from .names import NAMES
 from .t5 import MODEL_TYPES, T5Config
 from .t5_parts import T5Loader, buckets_of
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from .blocks import Attention, Block, Map
-from .families import HEAD, Loader
+from .families import Loader
 from .kv import KVCache
 from .linear import Linear
+from .names import HEAD
 from .step import Step
 from .t5 import T5Config
 

@@ -83,6 +83,16 @@ def cross_tensors(batch: Batch) -> list[Array]:
     return [*counts, np.concatenate(batch.states)] if batch.states else counts
 
 
+def step_of(batch: Batch) -> Step:
+    """A micro-batch as the STEP that says it."""
+    tensors = [np.asarray(batch.ids, np.int64)] if batch.rows else []
+    if batch.starts:
+        tensors.append(np.asarray(batch.prompts, np.int32))
+    if batch.cross:
+        tensors += cross_tensors(batch)
+    return Step(tuple(batch.rows), tuple(batch.starts), (), tuple(batch.ended), batch.number, tensors)
+
+
 def cross_rows(step: Step, first: bool) -> list[Row]:
     """The rows of a STEP as the layers of an encoder-decoder take them; the first stage's bring their states."""
     place = 1 + bool(step.starts)

@@ -17,6 +17,7 @@ from ..engine.rows import log_probs_of, sample_rows, top_log_probs
 from ..engine.span import Span
 from ..hooks import Hooks, LogitsHook, apply
 from ..params import Retrieval
+from .ahead import Ahead, ahead, finite_rows
 from .batch import SCORED, Key
 from .neighbours import Asked, Found, Mixing, Query
 from .ngrams import NgramQuery, Suffix, Unigrams, context_of
@@ -41,10 +42,11 @@ class Outcome:
 
 
 class Last:
-    """Sampling, scoring and retrieval of the last span."""
+    """Sampling, scoring and retrieval of the last span; `ahead`: what can be is drawn where the logits are."""
 
-    def __init__(self, span: Span, fingerprint: str, hooks: Hooks | None = None) -> None:
+    def __init__(self, span: Span, fingerprint: str, hooks: Hooks | None = None, ahead: bool = False) -> None:
         self._span = span
+        self._ahead = ahead
         self._hooks = hooks or {}
         # A checkpoint whose vocabulary was cut down may still name an id behind it.
         self._eos = frozenset(token for token in span.config.eos_ids if token < span.config.vocab)
@@ -89,7 +91,8 @@ class Last:
         outcome = Outcome()
         known: list[tuple[Sequence, Row, int]] = []  # with the place of the row's last token
         place = 0
-        self._fail_broken(rows, hidden, outcome)
+        early = ahead(self._span, rows, hidden, self._sequences) if self._ahead else Ahead(finite_rows(rows, hidden))
+        self._fail_broken(rows, early, outcome)
         for row in rows:
             place += row.length
             sequence = self._sequences.get((row.id, row.attempt))
@@ -102,7 +105,7 @@ class Last:
                 known.append((sequence, row, place - 1))
         if known:
             self._ask(known, entered, outcome)
-            self._sample(self._ready(known, outcome), hidden, outcome)
+            self._sample(self._ready(known, outcome), early, hidden, outcome)
         return outcome
 
     def _ready(self, known: list[tuple[Sequence, Row, int]], outcome: Outcome) -> list[tuple[Sequence, int]]:
@@ -187,14 +190,11 @@ class Last:
         known = self._unigrams.get(retrieval.index)
         return NgramQuery(retrieval.index, retrieval.order, retrieval.staleness, known)
 
-    def _fail_broken(self, rows: tuple[Row, ...], hidden: torch.Tensor, outcome: Outcome) -> None:
+    def _fail_broken(self, rows: tuple[Row, ...], early: Ahead, outcome: Outcome) -> None:
         """Rows whose hidden states are not finite fail, and no others: their tokens would be noise without a word."""
-        finite = torch.isfinite(hidden).all(1)
-        if finite.all():
-            return
-        parts = torch.split(finite, [row.length for row in rows])
-        broken = [(row.id, row.attempt) for row, part in zip(rows, parts, strict=True) if not part.all()]
-        outcome.sent += self.fail(broken, WorkerFailed(NOT_FINITE)).sent
+        broken = [(row.id, row.attempt) for row, finite in zip(rows, early.finite, strict=True) if not finite]
+        if broken:
+            outcome.sent += self.fail(broken, WorkerFailed(NOT_FINITE)).sent
 
     def _drop_broken(self, query: Query, outcome: Outcome) -> None:
         """An index refuses a query with a vector that is not finite: its row alone fails, and is not asked for."""
@@ -207,7 +207,11 @@ class Last:
         query.positions = [query.positions[place] for place in kept]
         query.vectors = query.vectors[kept]
 
-    def _sample(self, ready: list[tuple[Sequence, int]], hidden: torch.Tensor, outcome: Outcome) -> None:
+    def _sample(self, ready: list[tuple[Sequence, int]], early: Ahead, hidden: torch.Tensor, outcome: Outcome) -> None:
+        for sequence, _ in ready:
+            if sequence.key in early.drawn:
+                self._took(sequence, early.body(sequence), outcome)
+        ready = [(sequence, last) for sequence, last in ready if sequence.key not in early.drawn]
         if not ready:
             return
         logits = self._span.head(hidden, [last for _, last in ready]).cpu().numpy()

@@ -14,12 +14,15 @@ import torch
 from ...schema.errors import WorkerFailed
 from ...schema.message import Active, Error, Step
 from ...schema.tensor import Tensor
+from ..engine.device import fetch
+from ..engine.errors import RankLost
 from ..engine.span import Row, Span
 from ..engine.t5_span import T5Span
 from ..hooks import Hooks
 from ..tensors import to_torch
 from .cross import cross_rows, onward
 from .last import Last, Outcome
+from .narrow import narrowed, widened
 
 log = logging.getLogger("ralmq.stage")
 
@@ -32,7 +35,7 @@ class Runner:
         last: None but where the span is the last one.
     """
 
-    def __init__(self, span: Span, name: str, fingerprint: str, hooks: Hooks | None = None) -> None:
+    def __init__(self, span: Span, name: str, fingerprint: str, hooks: Hooks | None = None, wire: str = "raw") -> None:
         self.steps = 0
         self.seconds = 0.0
         self._span = span
@@ -40,6 +43,7 @@ class Runner:
         self._name = name
         self._fingerprint = fingerprint
         self._hooks = hooks
+        self._wire = wire
         self.last: Last | None = None
         self.reset()
 
@@ -51,16 +55,23 @@ class Runner:
     def reset(self) -> None:
         """A pipeline is formed, or over: nothing of an earlier one counts."""
         self.seconds = 0.0
-        self.last = Last(self._span, self._fingerprint, self._hooks) if self._span.is_last else None
+        span = self._span
+        ahead = span.is_last and span.device.type != "cpu"
+        self.last = Last(span, self._fingerprint, self._hooks, ahead) if span.is_last else None
 
     def run(self, step: Step) -> tuple[Step | None, Outcome]:
         """The STEP for the next stage, None after the last one; and what is to be sent from here.
 
         Where the computation raises, its rows end with an error to their askers, and all others go on.
+
+        Raises:
+            RankLost: no step can be computed any more; that is the stage's end, and no row's fault.
         """
         begun = time.perf_counter()
         try:
             onward, outcome = self._computed(step)
+        except RankLost:
+            raise
         except Exception as error:
             log.error("a step failed", exc_info=error)
             onward, outcome = self.failed(step, error)
@@ -89,16 +100,22 @@ class Runner:
         if self.last is None:
             if not rows:
                 return step, Outcome()
-            hidden = self._span.forward(rows, _values(step.tensors[0]))
+            hidden = fetch(narrowed(self._span.forward(rows, self._values(step.tensors[0])), self._wire))
             rest = onward(step) if crossed else step.tensors[1:]
             return replace(step, tensors=[hidden, *rest]), Outcome()
         outcome = Outcome()
         self._start(step, self.last)
         if rows:
-            outcome = self.last.step(step.rows, *self._span.forward(rows, _values(step.tensors[0]), ffn_input=True))
+            outcome = self.last.step(
+                step.rows, *self._span.forward(rows, self._values(step.tensors[0]), ffn_input=True)
+            )
         for key in step.ended:
             self.last.end((key.id, key.attempt), outcome)
         return None, outcome
+
+    def _values(self, tensor: Any) -> torch.Tensor:
+        values = to_torch(tensor) if isinstance(tensor, Tensor) else torch.from_numpy(tensor)
+        return values if self._span.is_first else widened(values, self._span.config.hidden)
 
     def _start(self, step: Step, last: Last) -> None:
         if step.starts:
@@ -108,12 +125,6 @@ class Runner:
                 row = step.rows[start.row]
                 last.start((row.id, row.attempt), prompts[begin : begin + start.length].copy(), start.params)
                 begin += start.length
-
-
-def _values(tensor: Any) -> torch.Tensor:
-    if isinstance(tensor, Tensor):
-        return to_torch(tensor)
-    return torch.from_numpy(tensor)
 
 
 def _array(tensor: Any) -> np.ndarray[Any, Any]:

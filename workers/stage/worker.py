@@ -10,39 +10,32 @@ from functools import partial
 from typing import Any
 
 import msgpack
-import numpy as np
 import torch
 
-from ...client.results import Reply
-from ...schema.errors import (
-    Busy,
-    DeadlineExceeded,
-    Malformed,
-    NoService,
-    RalmqError,
-    Refused,
-    WorkerFailed,
-    WorkerLost,
-)
+from ...schema.errors import Malformed, Refused, WorkerFailed, WorkerLost
 from ...schema.frame import RETURN, Prefix
-from ...schema.limits import LOSSES, MAX_ROWS, NO_ID
-from ...schema.message import Beat, Error, Form, Gone, Return, Span, Step
+from ...schema.limits import MAX_ROWS, NO_ID
+from ...schema.message import Beat, Direct, Error, Form, Gone, Return, Span, Step
 from ..base import ELSEWHERE, Answer, Request, Worker
+from ..engine.errors import RankLost
 from ..hooks import check_hooks, load_hooks
 from ..params import Task
-from .batch import Batch, Key, Sequence
+from .batch import Key, Sequence
 from .clock import Stopwatch
-from .cross import before, cross_tensors, remember, states_of
+from .cross import before, remember, states_of, step_of
 from .last import Outcome, Sent
 from .leader import CHUNK, Leader
-from .neighbours import Asked
+from .narrow import check_wire
+from .placing import Offer, settled
 from .prompts import Indexes, own_tokens, prompt_of
+from .ring import SETTLE, Ring
 from .runner import Runner
+from .searches import Searches
 from .weights import Loaded, load, place_of
 
 log = logging.getLogger("ralmq.stage")
 MOST = 64 << 10  # bytes of a request's options
-AGAIN = 0.1  # seconds, at least, until an index that is away is asked again
+PLANES = ("hub", "ring")
 
 
 class Stage(Worker):
@@ -50,7 +43,8 @@ class Stage(Worker):
 
     Args:
         model: a Hugging Face directory, or demo.
-        stage: place and number of stages with an even split, as 0/2; or give layers.
+        stage: place and number of stages with an even split, as 0/2; or give layers; or auto: the broker decides, for
+            the fastest split over all that ask (auto/3: over the three that are to come).
         layers: first and last (exclusive) layer, as 0:6.
         name: the model's name in `lm:<name>`; the directory's name where not given.
         threads: of torch.
@@ -61,9 +55,17 @@ class Stage(Worker):
         capacity: requests that the leader takes at a time, waiting ones included.
         chunk: tokens of prompts in one micro-batch; next tokens wait for at most about that many.
         packed: lay matrices out for this machine's processor, which is faster.
+        tp: processes that compute together, this one among them, each with a part of every layer (tensor parallel);
+            kv_mib is of each. On GPUs they take `device` and those behind it.
         deterministic: tokens of each call, always, so that a replay gives the same bits whatever runs beside it (0 = as
             many as there are); the same on all stages. It costs: `ralmq bench engine` prints how much.
         hooks: logits hooks that requests may name: my_pkg:Class or entry points, with commas; the same on all stages.
+        memory: with stage=auto, what weights and cache may take, as 8GiB; 80 % of what is free where not given.
+        speed: with stage=auto, GB/s of weights that are read for a token; measured where not given.
+        kv_tokens: with stage=auto, tokens whose keys and values are kept, 4096 where not given, in place of kv_mib.
+        data_plane: hub, every hop through the broker; or ring, straight to the next stage where that one has ring, too.
+        address: of this machine, as the other stages of a ring see it; by default that of its way to the broker.
+        wire: hidden states to the next stage as they are (raw), or smaller for a slow link: fp16, int8.
     """
 
     def __init__(
@@ -81,10 +83,18 @@ class Stage(Worker):
         capacity: int = 128,
         chunk: int = CHUNK,
         packed: bool = True,
+        tp: int = 1,
         deterministic: int = 0,
         hooks: str = "",
+        memory: str = "",
+        speed: float = 0.0,
+        kv_tokens: int = 0,
+        data_plane: str = "hub",
+        address: str = "",
+        wire: str = "raw",
     ) -> None:
         numbers = {"threads": threads, "kv_mib": kv_mib, "max_rows": max_rows, "capacity": capacity, "chunk": chunk}
+        numbers["tp"] = tp
         for option, value in numbers.items():
             if value < 1:
                 raise Refused(f"{option}={value} is too small: give at least 1")
@@ -92,11 +102,20 @@ class Stage(Worker):
             raise Refused(f"deterministic={deterministic} is too small: give how many tokens a call has, or 0")
         if max_rows > MAX_ROWS:
             raise Refused(f"max_rows={max_rows} is too large: give at most {MAX_ROWS}")
+        if data_plane not in PLANES:
+            raise Refused(f"data_plane={data_plane} is unknown: give {' or '.join(PLANES)}")
+        self._wire, self._address = check_wire(wire), address if data_plane == "ring" else None
+        self._ring: Ring | None = None
+        self._brokered = 0  # STEPs that went through the broker
         self.capacity = capacity
         self._hooks = load_hooks(hooks)
         self._place = place_of(model, stage, layers, name)
         self._chunk = chunk
-        self._load = partial(load, self._place, device, dtype, kv_mib, max_rows, packed, deterministic)
+        alone = tp == 1 and not deterministic
+        self._offer = Offer.read(stage, memory, speed, kv_tokens, device, dtype, alone=alone)
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "kv_mib": kv_mib, "max_rows": max_rows}
+        options |= {"packed": packed, "deterministic": deterministic, "tp": tp, "threads": threads}
+        self._load = partial(load, **options)
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (threads,))
         self._waiting = 0  # calls handed to the compute thread and not back yet
         self._reset: Future[None] | None = None  # the compute thread is done with what it had in hand before
@@ -105,7 +124,8 @@ class Stage(Worker):
         self._leader: Leader | None = None
         self._work = Stopwatch()
         self._loaded: Loaded | None = None
-        self._searches: set[asyncio.Task[None]] = set()
+        self._broken = ""  # why it can compute no more
+        self._searches = Searches(lambda work: self._submit(work, partial(self._publish, 0)))
 
     async def start(self) -> None:
         """Loads the layers; HELLO is said afterwards.
@@ -114,16 +134,30 @@ class Stage(Worker):
             Refused: the checkpoint is missing, broken or of an unknown family.
         """
         self._loop = asyncio.get_running_loop()
-        self._loaded = await self._loop.run_in_executor(self._compute, self._load)
-        self._runner = Runner(self._loaded.span, self._place.name, self._loaded.fingerprint, self._hooks)
+        async with settled(self._place, self._offer, lambda: self.host) as given:
+            self._place, self.labels = given.place, given.labels
+            loading = partial(self._load, given.place, **given.options)
+            self._loaded = await self._loop.run_in_executor(self._compute, loading)
+        self._runner = Runner(self._loaded.span, self._place.name, self._loaded.fingerprint, self._hooks, self._wire)
         self._indexes = Indexes(self._loaded)
+        self._loaded.watch(lambda said: self._loop.call_soon_threadsafe(self._rank_lost, said))
+        if self._address is not None:
+            self._ring = Ring(self.host.url, self.take, lambda why: self.host.link.renew(why), self._address)
 
     async def stop(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
         self._compute.shutdown(wait=False, cancel_futures=True)
+        if self._loaded is not None:
+            await asyncio.to_thread(self._loaded.close)
 
     @property
     def span(self) -> Span | None:
         return self._loaded.offer if self._loaded is not None else None
+
+    @property
+    def direct(self) -> Direct | None:
+        return self._ring.direct if self._ring is not None else None
 
     # -- requests: only the leader gets them
 
@@ -171,6 +205,9 @@ class Stage(Worker):
             self._drive()
             await ended  # the credit goes back when no stage writes to its blocks any more
             raise
+        if self._ring is not None:  # the row came straight, and may be here before the broker has the end
+            with contextlib.suppress(asyncio.CancelledError):  # it has, and was told that it still counts here
+                await asyncio.sleep(SETTLE)
         return ELSEWHERE
 
     def _granted(self, leader: Leader, key: Key) -> None:
@@ -197,8 +234,10 @@ class Stage(Worker):
         """Waits for the compute thread: as long as it hangs, each pipeline that this stage is part of would hang, too.
 
         Raises:
-            WorkerFailed: no progress for another stall limit.
+            WorkerFailed: no progress for another stall limit, or a rank is lost.
         """
+        if self._broken and self._loaded is not None:
+            raise WorkerFailed(await asyncio.to_thread(self._loaded.why, self._broken))
         while self._reset is not None and not self._reset.done():
             before = self._runner.progress
             await asyncio.wait([asyncio.wrap_future(self._reset)], timeout=self.stall_limit)
@@ -213,24 +252,35 @@ class Stage(Worker):
         gauges: dict[str, Any] = {"steps": runner.steps, "compute_s": round(runner.seconds, 3)}
         if runner.last is not None:
             gauges["answering"] = len(runner.last)
+        gauges["hub_steps"] = self._brokered
+        if self._ring is not None:
+            gauges |= {"ring_steps": self._ring.sent, "ring_bytes": self._ring.bytes}
         if self._leader is not None:
             gauges |= {"work_s": round(self._work.seconds, 3), **self._leader.gauges}
         return replace(beat, progress=runner.progress, busy=self._waiting, gauges=gauges)
+
+    def _rank_lost(self, said: str) -> None:
+        """The stage ends as if it were lost itself: the broker ends its pipeline, and `ready` this worker."""
+        self._broken = said
+        self.host.link.renew(said)
 
     def _form(self, pipeline: bytes, form: Form) -> None:
         self._over()
         self._pipeline, self._stages = pipeline, form.stages
         if form.place == 0:
             self._leader = Leader(form.stages, form.kv_blocks, form.max_rows, self._chunk)
+        if self._ring is not None:
+            self._ring.form(pipeline, form.onward)
         log.info("stage %d/%d of %s", form.place, form.stages, form.model)
 
     def _over(self) -> None:
         """The pipeline is no more: its sequences end here without a word, since the broker has answered them."""
         leader, self._leader = self._leader, None
         self._pipeline = NO_ID
+        if self._ring is not None:
+            self._ring.over()
         self._work.reset()
-        for search in self._searches:
-            search.cancel()
+        self._searches.cancel()
         if leader is not None:
             leader.abandon()
         if self._loaded is not None:
@@ -243,7 +293,7 @@ class Stage(Worker):
         if self._leader is None:
             return
         while (batch := self._leader.next()) is not None:
-            self._run(_step_of(batch))
+            self._run(step_of(batch))
         self._work.run(self._leader.working)
 
     def _run(self, step: Step) -> None:
@@ -259,6 +309,8 @@ class Stage(Worker):
                 return
             try:
                 done(future.result())
+            except RankLost as error:
+                self._rank_lost(str(error))
             except Exception as error:  # the pipeline's rows are not what the leader takes them for: begin anew
                 log.exception("a stage cannot go on")
                 self.host.link.renew(f"{type(error).__name__}: {error}")
@@ -277,7 +329,7 @@ class Stage(Worker):
         if onward is None:
             return
         try:
-            self.host.link.send(onward, id=self._pipeline)
+            self._send(onward)
         except Malformed as error:  # more than a message holds: rows that do not fit must end, too
             self._computed(step, self._runner.failed(step, error))
         except Exception as error:  # a device that failed while the values were copied
@@ -292,8 +344,8 @@ class Stage(Worker):
         back lists the sequence no more, and the broker would miss it. A part that cannot travel ends its sequence.
         """
         for query in outcome.queries:
-            self._searches.add(task := self._loop.create_task(self._search(query)))
-            task.add_done_callback(self._searches.discard)
+            assert self._runner.last is not None
+            self._searches.begin(self.host.client, self._runner.last, query)
         ended = {(row.id, row.attempt) for row in outcome.returns if row.done}
         self._answer([sent for sent in outcome.sent if sent[1] in ended] if ended else [])
         if number or outcome.returns:
@@ -320,62 +372,17 @@ class Stage(Worker):
         if self._leader is not None:
             self._returned(number, returns)
         else:
-            self.host.link.send(Step(returns=returns, batch=number), id=self._pipeline, flags=RETURN)
+            self._send(Step(returns=returns, batch=number), RETURN)
+
+    def _send(self, step: Step, flags: int = 0) -> None:
+        if self._ring is None or not self._ring.send(step, self.host.link.epoch, flags):
+            self.host.link.send(step, id=self._pipeline, flags=flags)
+            self._brokered += 1
 
     def _returned(self, number: int, returns: tuple[Return, ...]) -> None:
         if self._leader is not None:
             self._leader.returned(number, returns, self._loop.time())
             self._drive()
-
-    async def _found(self, query: Asked) -> Reply:
-        """The index's answer. It was there when the sequences began: where it is away, its return is waited for.
-
-        Raises:
-            WorkerLost: its server was lost each time that it was asked.
-            DeadlineExceeded, NoService, Busy: so it was until the last of the rows had no time left, or had ended.
-        """
-        losses, last = 0, self._runner.last
-        assert last is not None
-        while True:
-            try:
-                return await self._asked(query)
-            except (WorkerLost, DeadlineExceeded, NoService, Busy) as error:
-                losses += isinstance(error, WorkerLost)
-                if losses >= LOSSES or query.left <= 0 or not last.knows(query.keys):
-                    raise
-                log.warning("search:%s is asked again: %s", query.index, error.message)
-                await asyncio.sleep(min(max(error.retry_after, AGAIN), max(0.0, query.left)))
-
-    async def _asked(self, query: Asked) -> Reply:
-        client, left = self.host.client, query.seconds()
-        how: dict[str, Any] = {"deadline": left, "wait_service": left, "retries": 3, "priority": 6}
-        if query.spread:
-            return await client.search_reply(query.index, query.body, query.tensors, **how)
-        return await client.request(f"search:{query.index}", query.body, tensors=query.tensors, **how)
-
-    async def _search(self, query: Asked) -> None:
-        """Asks an index for parked rows; the answer re-enters by the compute thread's queue."""
-        last = self._runner.last
-        assert last is not None
-        try:
-            reply = await self._found(query)
-            work = partial(last.answered, query, query.answers(reply.body, reply.tensors))
-        except RalmqError as error:
-            work = partial(last.fail, query.keys, error)
-        except Exception as error:  # an answer that nobody foresaw: its rows must not wait for their deadline
-            log.exception("an answer of search:%s cannot be used", query.index)
-            failure = WorkerFailed(f"an answer of search:{query.index} cannot be used: {type(error).__name__}: {error}")
-            work = partial(last.fail, query.keys, failure)
-        self._submit(work, partial(self._publish, 0))
-
-
-def _step_of(batch: Batch) -> Step:
-    tensors = [np.asarray(batch.ids, np.int64)] if batch.rows else []
-    if batch.starts:
-        tensors.append(np.asarray(batch.prompts, np.int32))
-    if batch.cross:
-        tensors += cross_tensors(batch)
-    return Step(tuple(batch.rows), tuple(batch.starts), (), tuple(batch.ended), batch.number, tensors)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -1,0 +1,1 @@
+"""Who takes which layers: sizes and speeds in, spans out. Pure: knows no file, socket, clock, torch or numpy."""

@@ -1,0 +1,34 @@
+"""Bytes as people write them. Knows numbers and units alone."""
+
+import re
+from typing import Final
+
+from ..errors import Refused
+
+UNITS: Final = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+UNITS_OF_TEN: Final = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def read_size(text: str) -> int:
+    """Bytes of `8GiB`, `512MiB`, `20GB`, or a plain number of bytes.
+
+    Raises:
+        Refused: it is none of these, or nothing.
+    """
+    found = _SIZE.fullmatch(text)
+    factor = {**UNITS, **UNITS_OF_TEN}.get(found[2].upper()) if found else None
+    if not found or factor is None or (size := int(float(found[1]) * factor)) < 1:
+        raise Refused(f"{text!r} is no amount of memory: give one such as 8GiB, 512MiB or 20GB")
+    return size
+
+
+def size_text(count: int) -> str:
+    """A number of bytes with three digits and its unit, as 1.25 GiB."""
+    size, unit = float(abs(count)), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    sign = "-" if count < 0 else ""
+    return f"{sign}{size:.3g} {unit}" if size < 1000 else f"{sign}{size:.0f} {unit}"

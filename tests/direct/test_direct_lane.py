@@ -1,0 +1,158 @@
+"""Doors and lanes: order, large frames, who is let in, and what is told when the other side is gone."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+from ralmq.schema.errors import Refused
+from ralmq.schema.message import Direct
+from ralmq.workers.direct.address import here, is_local, towards
+from ralmq.workers.direct.door import Door
+from ralmq.workers.direct.lane import Lane
+from ralmq.workers.direct.memory import LEAST, SLOTS
+from serving import until
+
+LARGE = np.arange(LEAST, dtype=np.int32).view(np.uint8)
+ELSEWHERE = {"host": "another"}
+
+
+class Here:
+    """A door, what came through it, and lanes to it."""
+
+    def __init__(self, **options: Any) -> None:
+        self.came: list[list[bytes]] = []
+        self.cuts: list[str] = []
+        self.door = Door(lambda frames: self.came.append([bytes(frame) for frame in frames]), **options)
+        self.lanes: list[Lane] = []
+
+    def lane(self, **changes: str) -> Lane:
+        self.lanes.append(Lane(self.door.direct._replace(**changes), self.cuts.append))
+        return self.lanes[-1]
+
+
+@asynccontextmanager
+async def opened(**options: Any) -> AsyncIterator[Here]:
+    it = Here(**options)
+    try:
+        yield it
+    finally:
+        for lane in it.lanes:
+            lane.close()
+        it.door.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [({}, {}), ({"far": "127.0.0.1"}, ELSEWHERE), ({"far": "127.0.0.1", "secure": False}, ELSEWHERE)],
+    ids=["near", "curve", "tcp"],
+)
+async def test_messages_keep_their_order_and_their_bytes(options: dict[str, Any], changes: dict[str, str]) -> None:
+    async with opened(**options) as here:
+        lane = here.lane(**changes)
+        assert lane.near is not bool(changes)
+        sent = [[b"%d" % number, *([LARGE.data] if number % 7 == 0 else [b""])] for number in range(200)]
+        for frames in sent:
+            lane.send(frames)
+        await until(lambda: len(here.came) == 200)
+        assert here.came == [[bytes(frame) for frame in frames] for frames in sent]
+        assert not here.cuts and not here.door.refused
+
+
+async def test_memory_comes_back_to_the_sender() -> None:
+    async with opened() as here:
+        lane = here.lane()
+        for number in range(5 * SLOTS):
+            lane.send([b"%d" % number, LARGE.data])
+            await until(lambda: not any(slot.busy for slot in lane._slots._slots))  # type: ignore[union-attr]
+        assert len(here.came) == 5 * SLOTS and len(lane._slots._slots) == 1  # type: ignore[union-attr]
+
+
+async def test_without_the_key_nothing_comes_through() -> None:
+    async with opened(far="127.0.0.1") as here:
+        public, _ = zmq.curve_keypair()
+        here.lane(**ELSEWHERE, key=public.decode()).send([b"a wrong key"])
+        here.lane(**ELSEWHERE, key="").send([b"no key"])
+        here.lane(**ELSEWHERE).send([b"the key"])
+        await until(lambda: here.came)
+        await until(lambda: here.cuts)
+        assert here.came == [[b"the key"]]
+
+
+async def test_noise_at_the_door_harms_nobody() -> None:
+    async with opened() as here:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+            stranger.setsockopt(zmq.LINGER, 0)
+            stranger.connect(here.door.direct.near)
+            stranger.send_multipart([b"\xff", b"x"])
+            stranger.send_multipart([b""])
+            stranger.send_multipart([b"\xff" * 40] * 70)
+            await until(lambda: here.door.refused == 2)
+            here.lane().send([b"sound"])
+            await until(lambda: here.came[-1:] == [[b"sound"]])
+
+
+async def test_a_door_that_closes_is_told() -> None:
+    async with opened() as here:
+        lane = here.lane()
+        lane.send([b"first"])
+        await until(lambda: here.came)
+        here.door.close()
+        await until(lambda: here.cuts)
+        assert here.cuts[0] == f"its connection to {lane.url} has ended"
+
+
+async def test_nobody_can_be_reached_where_no_address_leads() -> None:
+    with pytest.raises(Refused, match="another host"):
+        Lane(Direct("another", "", "ipc://@x", ""), print)
+    with pytest.raises(Refused, match=re.escape("-o address=IP")):
+        Door(print, far="192.0.2.1")  # an address that is nobody's
+
+
+def test_where_this_machine_is() -> None:
+    assert here() == here() and str(os.getuid()) == here().rpartition("/")[2]
+    assert [is_local(url) for url in ("ipc://x", "tcp://127.0.0.1:1", "tcp://localhost:1", "tcp://10.0.0.1:1")] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert towards("tcp://127.0.0.9:5555") == "127.0.0.1"
+    with pytest.raises(Refused, match=re.escape("-o address=IP")):
+        towards("tcp://no-such-host.invalid:5555")
+
+
+CHILD = """
+import asyncio, sys
+import numpy as np
+from ralmq.schema.message import Direct
+from ralmq.workers.direct.lane import Lane
+async def main():
+    lane = Lane(Direct(*sys.argv[1:]), print)
+    while True:
+        lane.send([b"x", np.zeros(1 << 20, np.uint8).data])
+        await asyncio.sleep(0.01)
+asyncio.run(main())
+"""
+
+
+async def test_nothing_is_left_of_a_killed_sender() -> None:
+    """Neither memory nor files: what it had is mapped here as long as it is used here."""
+    async with opened() as here:
+        before = set(Path("/dev/shm").iterdir()) | set(Path("/tmp").glob("*ralmq-direct*"))
+        child = subprocess.Popen([sys.executable, "-c", CHILD, *here.door.direct])
+        await until(lambda: len(here.came) > 5)
+        assert list(Path(f"/proc/{child.pid}/fd").iterdir())
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert set(Path("/dev/shm").iterdir()) | set(Path("/tmp").glob("*ralmq-direct*")) == before
+        here.lane().send([b"next"])
+        await until(lambda: here.came[-1] == [b"next"])

@@ -1,0 +1,56 @@
+"""The way to one other peer's door. Knows frames, not what they mean."""
+
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from ...client.wire import Wire
+from ...schema.errors import Refused
+from ...schema.keys import PeerKey
+from ...schema.message import Direct
+from .address import here
+from .memory import Slots
+
+
+class Lane:
+    """A connection to a door: through a local socket and shared memory on one host, else TCP. Frames keep their order.
+
+    Args:
+        door: what the other peer announced.
+        cut: called with the reason when the connection has ended: what was on its way is lost, and the lane with it.
+
+    Raises:
+        Refused: nothing leads from here to that door.
+    """
+
+    def __init__(self, door: Direct, cut: Callable[[str], None], context: zmq.Context[Any] | None = None) -> None:
+        self.near = bool(door.near) and door.host == here()
+        self.url = door.near if self.near else door.far
+        if not self.url:
+            raise Refused("the other side is on another host and has no address there")
+        self._slots = Slots() if self.near else None
+        self._cut = cut
+        key = None
+        if door.key and not self.near:
+            public, secret = zmq.curve_keypair()
+            key = PeerKey(public.decode(), secret.decode(), door.key)
+        self._wire = Wire(self.url, self._heard, self._ended, context, key, lambda reason, certain: cut(reason))
+
+    def send(self, frames: list[Any]) -> None:
+        """Sends, or keeps in order until the socket takes it; large frames must not change before they are read."""
+        self._wire.send(frames if self._slots is None else self._slots.placed(frames))
+
+    def close(self) -> None:
+        """What has not left yet is dropped."""
+        self._wire.forget()
+        self._wire.close()
+        if self._slots is not None:
+            self._slots.close()
+
+    def _heard(self, frames: list[Any]) -> None:
+        if self._slots is not None:
+            self._slots.freed(frames[0])
+
+    def _ended(self) -> None:
+        self._cut(f"its connection to {self.url} has ended")

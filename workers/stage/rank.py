@@ -1,0 +1,64 @@
+"""A further rank of a stage as a process: `python -m ralmq.workers.stage.rank`, started by ranks.py and by nobody else.
+
+It reads its job and what to do next from its standard input, whose end is its own end, and answers on its standard
+output, a line of JSON each.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import torch
+
+from ..engine.errors import RankLost
+from ..engine.parallel import Group
+from ..engine.ranked import RankSpan
+from .ranks import FAILED, Job, device_of, store_at
+
+
+def main() -> int:
+    """Loads its part, says so, joins the others when it is told to, and computes what rank 0 says."""
+    # Its stage ends it, after what is in hand: a signal that goes to both must not be faster.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    job: Job = json.loads(sys.stdin.readline())
+    told = threading.Event()
+    threading.Thread(target=_watch, args=(told,), name="parent", daemon=True).start()
+    torch.set_num_threads(job["threads"])
+    device = device_of(job["device"], job["rank"])
+    try:
+        shard = (job["rank"], job["size"])
+        span = RankSpan.load(job["path"], job["first"], job["last"], device=device, shard=shard, **job["options"])
+    except Exception as error:
+        _say({"error": str(error).splitlines()[0] if str(error) else type(error).__name__})
+        return FAILED
+    _say({"loaded": span.bytes})
+    told.wait()
+    try:
+        group = Group(*shard, store_at(job["store"], job["size"]), torch.device(device))
+        span.join(group)
+        _say({"joined": os.getpid()})
+        span.serve()
+    except RankLost as error:
+        print(f"rank {job['rank']}: {error}", file=sys.stderr, flush=True)
+        return FAILED
+    return 0
+
+
+def _watch(told: threading.Event) -> None:
+    """Ends this process when its stage is gone, whatever the other thread is doing."""
+    for line in sys.stdin:
+        if line.strip() == "join":
+            told.set()
+    os._exit(FAILED)
+
+
+def _say(what: dict[str, Any]) -> None:
+    print(json.dumps(what), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
