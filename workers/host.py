@@ -234,7 +234,13 @@ class Host:
             failed: asyncio.Future[Answer] = loop.create_future()
             failed.set_exception(error)
             return failed
-        return answer if isinstance(answer, asyncio.Future) else loop.create_task(self._answer(job, answer))
+        if isinstance(answer, asyncio.Future):
+            return answer
+        if asyncio.iscoroutine(
+            answer
+        ):  # as it is: one that waits within another is never begun where that is cancelled
+            return loop.create_task(answer)
+        return loop.create_task(self._answer(job, answer))
 
     def _done(self, job: Job, task: asyncio.Future[Answer]) -> None:
         """The one end of a job; a callback, since a task that is cancelled before its first step runs no code."""
