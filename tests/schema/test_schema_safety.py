@@ -46,23 +46,24 @@ def sources() -> list[Path]:
 
 
 def offences(code: str, weights: bool = False) -> list[str]:
-    """What of the forbidden a source text holds; `weights` allows torch.load(..., weights_only=True)."""
+    """What of the forbidden a source text holds; `weights` allows torch.load(..., weights_only=True), and opcodes read."""
     tree = ast.parse(code)
     allowed = {id(node.func) for node in ast.walk(tree) if weights and isinstance(node, ast.Call) and _plain(node)}
     torch_names = {"torch"}
     found: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
+            found += [name for name in names if not (weights and name == "pickletools")]
             torch_names |= {
                 alias.asname for alias in node.names if alias.asname and alias.name.split(".")[0] == "torch"
             }
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            names = {alias.name for alias in node.names}
+            given = {alias.name for alias in node.names}
             found += [module] * (module.split(".")[0] in MODULES)
-            found += sorted(names & (MODULES | CALLS)) if module in {"", "builtins", "torch", "six.moves"} else []
-            found += ["torch.load"] * (module.split(".")[0] == "torch" and "load" in names)
+            found += sorted(given & (MODULES | CALLS)) if module in {"", "builtins", "torch", "six.moves"} else []
+            found += ["torch.load"] * (module.split(".")[0] == "torch" and "load" in given)
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id in CALLS:
             found.append(node.id)
@@ -89,6 +90,7 @@ def test_weights_alone_may_be_read_where_that_is_said() -> None:
     assert offences("import torch; torch.load(p, weights_only=True)", weights=True) == []
     assert offences("import torch; torch.load(p, weights_only=True)") == ["torch.load"]
     assert offences("import torch; torch.load(p, weights_only=x)", weights=True) == ["torch.load"]
+    assert offences("import pickletools, pickle", weights=True) == ["pickle"]
 
 
 def test_every_room_is_looked_at() -> None:
