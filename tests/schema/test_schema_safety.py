@@ -46,7 +46,7 @@ def sources() -> list[Path]:
 
 
 def offences(code: str, weights: bool = False) -> list[str]:
-    """What of the forbidden a source text holds; `weights` allows torch.load(..., weights_only=True), and opcodes read."""
+    """What of the forbidden a source text holds; `weights` allows torch.load(weights_only=True), and opcodes."""
     tree = ast.parse(code)
     allowed = {id(node.func) for node in ast.walk(tree) if weights and isinstance(node, ast.Call) and _plain(node)}
     torch_names = {"torch"}
