@@ -9,14 +9,18 @@ from .ask import search, status
 from .bench import bench
 from .demo import demo
 from .failures import DEBUG, Commands
-from .generate import generate
+from .generate import WithDefaults, generate
 from .index import index
+from .join import join
 from .keys import keys
 from .local import down, logs, up
+from .map import map_file
+from .plan import plan
 from .quarantine import drain, quarantine
 from .serve import broker, worker
 from .shared import show_help
 from .split import split
+from .worker_help import WorkerCommand
 
 app = typer.Typer(
     cls=Commands,
@@ -50,8 +54,13 @@ def _root(
     show_help(context)
 
 
-for command in (demo, up, down, status, logs, broker, worker, generate, search, drain, split):
+for command in (demo, plan, up, join, down, status, logs, broker):
     app.command()(command)
+app.command(cls=WorkerCommand)(worker)
+app.command(cls=WithDefaults)(generate)
+for late in (search, drain, split):
+    app.command()(late)
+app.command("map")(map_file)
 app.add_typer(index, name="index")
 app.add_typer(bench, name="bench")
 app.add_typer(keys, name="keys")
