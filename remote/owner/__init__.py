@@ -1,0 +1,1 @@
+"""What a worker does for the callers whose modules and tensors it holds. Knows no socket."""

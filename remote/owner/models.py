@@ -1,0 +1,148 @@
+"""Modules of callers: built, loaded, read out, switched. In the compute thread. Knows no message."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...schema.errors import Malformed, Refused
+from ..chunks import Staging, cut, sizes, specs
+from ..tree import built, received
+from .call import Call
+from .compute import Answer, described
+
+Classes = Mapping[str, type[nn.Module]]
+Builders = Mapping[str, Callable[..., nn.Module]]
+
+
+class Models:
+    """The verbs that are about modules.
+
+    Args:
+        classes: what may be built from a tree, by name.
+        builders: what may be built by name alone: the registry.
+    """
+
+    def __init__(self, classes: Classes, builders: Builders) -> None:
+        self._classes = classes
+        self._builders = builders
+        self.verbs: dict[str, Callable[[Call], Answer]] = {
+            "stage": _stage,
+            "put": _put,
+            "copy": self._copy,
+            "build": self._build,
+            "load": _load,
+            "state": _state,
+            "piece": _piece,
+            "mode": _mode,
+            "trains": _trains,
+            "zero": _zero,
+            "parameter": _parameter,
+        }
+
+    def _copy(self, call: Call) -> Answer:
+        staging = _staging(call)
+        module = received(call.body, staging.complete(), self._classes)
+        call.table.drop([call.number("staging")], [])
+        return _kept(call, module)
+
+    def _build(self, call: Call) -> Answer:
+        name, (_, options) = call.text("name"), call.values()
+        if name in self._builders:
+            return _kept(call, self._builders[name](**options))
+        if name not in self._classes:
+            known = ", ".join([*self._builders, *(other for other in self._classes if ":" in other), "nn.<Class>"])
+            raise Refused(f"this worker has no module called {name[:200]}: there are {known}")
+        if any(isinstance(value, dict | nn.Module) for value in options.values()):
+            raise Refused(f"{name} is built here from plain values alone: copy it with remote_copy")
+        tree = {"class": name, "args": {key: _plain(value) for key, value in options.items()}}
+        return _kept(call, built(tree, self._classes, "cpu"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return {"tuple" if isinstance(value, tuple) else "list": [_plain(entry) for entry in value]}
+    return value
+
+
+def _kept(call: Call, module: nn.Module) -> Answer:
+    device = call.body.get("device")
+    try:
+        module.to(torch.device(device) if isinstance(device, str) and device else call.device)
+    except (RuntimeError, AssertionError) as error:
+        raise Refused(f"the module cannot be on {device}: {error}") from None
+    call.table.set(call.out, module)
+    names = [[name, parameter.requires_grad] for name, parameter in module.named_parameters()]
+    return {"class": type(module).__name__, "parameters": names}, []
+
+
+def _staging(call: Call) -> Staging:
+    found = call.table.value(call.number("staging"))
+    if not isinstance(found, Staging):
+        raise Malformed("no tensors were announced under this number")
+    return found
+
+
+def _stage(call: Call) -> Answer:
+    described = call.body.get("specs")
+    if not isinstance(described, list):
+        raise Malformed("tensors without a description")
+    call.table.set(call.out, Staging(described))
+    return {}, []
+
+
+def _put(call: Call) -> Answer:
+    _staging(call).put(call.body.get("where", []), call.tensors, call.text("sha256"))
+    return {}, []
+
+
+def _module(call: Call) -> nn.Module:
+    found = call.table.value(call.number("module"))
+    if not isinstance(found, nn.Module):
+        raise Malformed("what is asked about is no module")
+    return found
+
+
+def _load(call: Call) -> Answer:
+    module, names = _module(call), call.body.get("names")
+    tensors = _staging(call).complete()
+    if not isinstance(names, list) or len(names) != len(tensors):
+        raise Malformed("a state without names")
+    module.load_state_dict(dict(zip(names, tensors, strict=True)), strict=bool(call.body.get("strict", True)))
+    call.table.drop([call.number("staging")], [])
+    return {}, []
+
+
+def _state(call: Call) -> Answer:
+    state = _module(call).state_dict()
+    tensors = list(state.values())
+    return {"names": list(state), "specs": specs(tensors), "sizes": sizes(tensors)}, []
+
+
+def _piece(call: Call) -> Answer:
+    digest, found = cut(list(_module(call).state_dict().values()), call.body.get("where", []))
+    return {"sha256": digest}, found
+
+
+def _mode(call: Call) -> Answer:
+    _module(call).train(bool(call.body.get("train")))
+    return {}, []
+
+
+def _trains(call: Call) -> Answer:
+    for name, parameter in _module(call).named_parameters():
+        if not call.body.get("names") or name in call.body["names"]:
+            parameter.requires_grad_(bool(call.body.get("flag")))
+    return {"parameters": [[name, found.requires_grad] for name, found in _module(call).named_parameters()]}, []
+
+
+def _zero(call: Call) -> Answer:
+    _module(call).zero_grad(set_to_none=bool(call.body.get("to_none", True)))
+    return {}, []
+
+
+def _parameter(call: Call) -> Answer:
+    found = _module(call).get_parameter(call.text("name"))
+    call.table.set(call.out, found)
+    return {"is": described(found)}, []

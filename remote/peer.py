@@ -1,0 +1,286 @@
+"""A caller's session with one worker: handles, calls in their order, answers. Knows ways, not what is computed."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as Late
+from typing import TYPE_CHECKING, Any, Final
+
+from ..client.results import Reply
+from ..client.stream import Stream
+from ..schema.errors import DeadlineExceeded, Malformed, NoService, RalmqError, RequestCancelled, WorkerLost
+from ..schema.tensor import Tensor
+from .failures import raised, told
+from .straight import Unsent
+from .values import Ref
+
+if TYPE_CHECKING:
+    from .home import Home
+
+LASTING: Final = 4_000_000.0  # seconds of a session: no deadline
+FREE: Final = 0.25  # seconds after which handles are freed where no call goes there
+RETURN: Final = 3.0  # seconds that a worker has to come back to a broker that was lost
+UNDER_WAY: Final = 512  # calls through the broker at a time
+Answer = tuple[dict[str, Any], Sequence[Tensor]]
+
+
+class Handle:
+    """A value on a worker; freed there when nobody has it any more."""
+
+    __slots__ = ("__weakref__", "number", "peer")
+
+    def __init__(self, peer: "Peer", number: int) -> None:
+        self.peer = peer
+        self.number = number
+        weakref.finalize(self, peer.freed.append, number).atexit = False
+
+    def ref(self, reader: "Peer") -> Ref:
+        """How a worker finds it."""
+        if reader is self.peer:
+            return Ref(self.number)
+        near = self.peer.near if reader.near and reader.host == self.peer.host else ""
+        return Ref(self.number, self.peer.service, self.peer.session, near)
+
+
+class Pending:
+    """A call under way; `keeps` are handles that must live until it has ended."""
+
+    __slots__ = ("future", "keeps", "peer")
+
+    def __init__(self, peer: "Peer", keeps: Iterable[Handle]) -> None:
+        self.peer = peer
+        self.future: Future[Answer] = Future()
+        self.keeps = tuple(keeps)
+
+    def result(self, within: float | None = None) -> Answer:
+        """Its answer.
+
+        Raises:
+            Exception: what it raised on the worker.
+            WorkerLost: the worker has ended.
+            DeadlineExceeded: it has not ended in time.
+        """
+        seconds = self.peer.home.deadline if within is None else within
+        try:
+            return self.future.result(seconds)
+        except Late:
+            if self.future.done():
+                raise
+            raise DeadlineExceeded(
+                f"{self.peer.name} did not answer within {seconds:g} s: raise the deadline, or see `ralmq status`"
+            ) from None
+
+    def end(self, outcome: Answer | Exception) -> None:
+        """In the event loop."""
+        for handle in self.keeps:
+            handle.peer.reads.discard(self)
+        self.keeps = ()
+        with contextlib.suppress(Exception):  # an awaiting task gave it up
+            if isinstance(outcome, Exception):
+                self.future.set_exception(outcome)
+            elif "error" in outcome[0]:
+                self.future.set_exception(raised(outcome[0]["error"]))
+            else:
+                self.future.set_result(outcome)
+
+
+class Peer:
+    """One worker.
+
+    Attributes:
+        error: why nothing on it can be used any more; None as long as it can.
+        near: its door, where it is on this host, else "".
+        reads: calls of others that read what lies here.
+    """
+
+    def __init__(self, home: "Home", name: str) -> None:
+        self.home = home
+        self.name = name
+        self.service = f"module:{name}"
+        self.session = os.urandom(16)
+        self.near = self.host = ""
+        self.allowed: set[str] = set()
+        self.error: RalmqError | None = None
+        self.freed: list[int] = []  # values that nobody has any more
+        self.forgotten: list[int] = []  # calls that no gradient goes back through any more
+        self.reads: set[Pending] = set()
+        self._direct = False  # calls go straight
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._calls = 0
+        self._pending: set[Pending] = set()
+        self._watch: asyncio.Task[None] | None = None
+        self._sweep: asyncio.TimerHandle | None = None
+        self._room: asyncio.Semaphore | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def handle(self) -> Handle:
+        return Handle(self, next(self._numbers))
+
+    def number(self) -> int:
+        return next(self._numbers)
+
+    def ask(
+        self, verb: str, fields: dict[str, Any], tensors: Sequence[Any] = (), keeps: Iterable[Handle] = ()
+    ) -> Pending:
+        """Sends a call after those before it; returns at once.
+
+        Args:
+            keeps: handles among its arguments that must live until it has ended, as those of other workers.
+
+        Raises:
+            WorkerLost: the worker is gone.
+        """
+        if self.error is not None:
+            raise type(self.error)(self.error.message, worker=self.error.worker)
+        pending = Pending(self, keeps)
+        for handle in pending.keeps:
+            handle.peer.reads.add(pending)
+        with self._lock:
+            self._calls += 1
+            body = {**fields, "v": verb, "c": self.session, "n": self._calls}
+            self._take_freed(body)
+            self.home.soon(lambda: self._send(body, tensors, pending))
+        return pending
+
+    def quiet(self) -> None:
+        """Returns once nobody reads what lies here: it is about to change."""
+        for pending in list(self.reads):
+            with contextlib.suppress(Exception):  # whoever uses it is told
+                pending.result()
+
+    # -- in the event loop
+
+    async def open(self, within: float) -> None:
+        """Opens the session. Raises as `Client.stream`."""
+        stream, first = await self._opened(within, within / 3)
+        self.near, self.host = str(first.body.get("near", "")), str(first.body.get("host", ""))
+        self.allowed = set(first.body.get("allow", []))
+        self._direct = bool(self.near) and self.host == self.home.straight.host
+        self._room = asyncio.Semaphore(UNDER_WAY)
+        self._watch = asyncio.get_running_loop().create_task(self._watched(stream))
+        self._sweep = asyncio.get_running_loop().call_later(FREE, self._swept)
+
+    async def _opened(self, within: float, wait: float, again: bool = False) -> tuple[Stream, Reply]:
+        body = {"v": "open", "c": self.session, "again": again}
+        stream = self.home.client.stream(self.service, body, deadline=LASTING, wait_service=wait)
+        try:
+            async with asyncio.timeout(within):
+                return stream, await anext(stream)
+        except TimeoutError:
+            await stream.aclose()
+            raise DeadlineExceeded(f"{self.name} opened no session within {within:g} s: see `ralmq status`") from None
+        except StopAsyncIteration:
+            raise WorkerLost(f"the worker {self.name} has closed this session: copy its modules again") from None
+
+    async def leave(self) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait([self._watch])
+        self.lose(RequestCancelled("the connection was closed before the answer"))
+
+    def lose(self, error: RalmqError) -> None:
+        """Nothing of it can be used any more; who waits is told."""
+        if self.error is None:
+            self.error = error
+        if self._sweep is not None:
+            self._sweep.cancel()
+        if self._direct:
+            self.home.straight.forget(self.near, self.error)
+        for pending in list(self._pending):
+            self._ended(pending, self.error)
+
+    async def _watched(self, stream: Stream) -> None:
+        """Keeps the session: where the broker was lost alone, the worker still has what this caller had."""
+        error: RalmqError = WorkerLost(f"the worker {self.name} has closed this session: copy its modules again")
+        try:
+            while self.error is None:
+                try:
+                    async for _ in stream:
+                        pass
+                    break
+                except WorkerLost:
+                    await stream.aclose()
+                    stream, _ = await self._opened(2 * RETURN, RETURN, again=True)
+        except RalmqError as found:
+            error = found if isinstance(found, WorkerLost) else WorkerLost(f"{self.name} is lost: {found.message}")
+        finally:
+            await stream.aclose()
+        self.lose(error)
+
+    def _send(self, body: dict[str, Any], tensors: Sequence[Any], pending: Pending) -> None:
+        self._pending.add(pending)
+        if self.error is not None:
+            self._ended(pending, self.error)
+            return
+        if self._direct:
+            try:
+                self.home.straight.ask(self.near, body, tensors, lambda end: self._straight(body, pending, end))
+            except Malformed as error:
+                self._failed(body, pending, error)
+        else:
+            task = self.home.loop.create_task(self._brokered(body, tensors, pending))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _straight(self, body: dict[str, Any], pending: Pending, end: Any) -> None:
+        if isinstance(end, Unsent):
+            self._failed(body, pending, Malformed(end.message))
+        else:
+            self._came(pending, end)
+
+    def _failed(self, body: dict[str, Any], pending: Pending, error: Malformed) -> None:
+        """What does not fit into a message has a number all the same: in its place comes why its value does not."""
+        kept = ("c", "n", "out", "wants", "free", "forget")
+        self._send({**{key: body[key] for key in kept if key in body}, "v": "fail", "said": told(error)}, (), pending)
+
+    async def _brokered(self, body: dict[str, Any], tensors: Sequence[Any], pending: Pending) -> None:
+        assert self._room is not None
+        async with self._room:
+            try:
+                reply = await self.home.client.request(
+                    self.service, body, tensors=tensors, deadline=self.home.deadline, retries=100
+                )
+                self._came(pending, reply)
+            except NoService as error:
+                self._ended(pending, WorkerLost(f"{self.name} is lost: {error.message}"))
+            except Malformed as error:
+                if body["v"] == "fail":
+                    self._ended(pending, error)
+                else:
+                    self._failed(body, pending, error)
+            except RalmqError as error:
+                self._ended(pending, error)
+
+    def _came(self, pending: Pending, end: Any) -> None:
+        if isinstance(end, RalmqError):
+            self._ended(pending, end)
+            return
+        self.home.messages += 1
+        self.home.received += sum(tensor.nbytes for tensor in end.tensors)
+        self._ended(pending, (end.body, end.tensors))
+
+    def _ended(self, pending: Pending, outcome: Answer | Exception) -> None:
+        self._pending.discard(pending)
+        pending.end(outcome)
+
+    def _take_freed(self, body: dict[str, Any]) -> None:
+        for name, numbers in (("free", self.freed), ("forget", self.forgotten)):
+            if numbers:
+                count = len(numbers)  # others are added by finalizers at any moment
+                body[name] = numbers[:count]
+                del numbers[:count]
+
+    def _swept(self) -> None:
+        if self.error is None:
+            self._sweep = self.home.loop.call_later(FREE, self._swept)
+            if self.freed or self.forgotten:
+                with contextlib.suppress(RalmqError):
+                    self.ask("free", {})

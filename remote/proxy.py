@@ -1,0 +1,184 @@
+"""Modules on workers, as their callers have them: `remote_copy` puts one there, `built` has one made there."""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..schema.errors import Refused
+from . import chunks
+from .graph import Slot, content_free
+from .home import home
+from .peer import Handle, Peer, Pending
+from .tensor import RemoteTensor, launch
+from .tree import names, shipped
+from .values import pack
+
+AHEAD = 2  # messages of tensors on their way
+
+
+class RemoteModule:
+    """A module on a worker. Called like one, it gives remote tensors.
+
+    Attributes:
+        handle: its place on its worker; it is freed with this object.
+    """
+
+    def __init__(self, handle: Handle, made: dict[str, Any]) -> None:
+        self.handle = handle
+        self._class = str(made.get("class"))
+        self._flags: dict[str, bool] = {name: bool(flag) for name, flag in made.get("parameters", [])}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> RemoteTensor:
+        """What its forward returns. Arguments: plain values, tensors, remote tensors of any worker."""
+        return self.call(args, kwargs)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], tag: str = "") -> RemoteTensor:
+        """The same; its worker notes the tag when it runs."""
+        fields = {"module": self.handle.number, "tag": tag}
+        return launch(self.peer, "call", fields, [args, kwargs], trainable=any(self._flags.values()))
+
+    @property
+    def peer(self) -> Peer:
+        return self.handle.peer
+
+    @property
+    def worker(self) -> str:
+        return self.peer.name
+
+    def __repr__(self) -> str:
+        return f"RemoteModule({self._class}, worker={self.worker!r})"
+
+    # -- parameters
+
+    def named_parameters(self) -> Iterator[tuple[str, RemoteTensor]]:
+        """Names and parameters, which stay where they are."""
+        for name, flag in self._flags.items():
+            handle = self.peer.handle()
+            made = self._ask("parameter", name=name, out=handle.number)
+            yield name, RemoteTensor(handle, made, Slot(handle if flag else None), content_free() if flag else None)
+
+    def parameters(self) -> list[RemoteTensor]:
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def train(self, mode: bool = True) -> Self:
+        self._ask("mode", train=mode)
+        return self
+
+    def eval(self) -> Self:
+        return self.train(False)
+
+    def freeze(self, names: Iterable[str] = ()) -> Self:
+        """These parameters get no gradient any more; all of them where none is named."""
+        return self.requires_grad_(False, names)
+
+    def requires_grad_(self, flag: bool = True, names: Iterable[str] = ()) -> Self:
+        names = list(names)
+        unknown = set(names) - set(self._flags)
+        if unknown:
+            raise KeyError(f"{self!r} has no parameter {sorted(unknown)[0]}")
+        self._ask("trains", flag=flag, names=names)
+        self._flags.update(dict.fromkeys(names or self._flags, flag))
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._ask("zero", to_none=set_to_none)
+
+    # -- its tensors
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All parameters and buffers, here."""
+        told = self._ask("state").result()[0]
+        staging = chunks.Staging(told["specs"])
+        under_way: deque[tuple[list[Any], Pending]] = deque()
+
+        def take() -> None:
+            where, pending = under_way.popleft()
+            body, tensors = pending.result()
+            staging.put(where, tensors, body["sha256"])
+
+        for where in chunks.pieces(told["sizes"]):
+            under_way.append((where, self._ask("piece", where=where)))
+            if len(under_way) > AHEAD:
+                take()
+        while under_way:
+            take()
+        return dict(zip(told["names"], staging.complete(), strict=True))
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], strict: bool = True) -> None:
+        """Takes these values for its own.
+
+        Raises:
+            RuntimeError: names or shapes are others.
+        """
+        self.peer.quiet()
+        staging = _uploaded(self.peer, list(state.values()))
+        self._ask("load", staging=staging.number, names=list(state), strict=strict).result()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes its state as a safetensors file."""
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, os.fspath(path))
+
+    def _ask(self, verb: str, **fields: Any) -> Pending:
+        return self.peer.ask(verb, {"module": self.handle.number, **fields})
+
+
+def remote_copy(module: nn.Module, worker: str, device: str = "", *, broker: str | None = None) -> RemoteModule:
+    """A copy of a live module on a worker.
+
+    What travels are the names of its classes, the arguments of their constructors, and its tensors.
+
+    Args:
+        worker: the name that it was started with: `ralmq worker module -o name=...`.
+        device: of the worker, as cuda:1; its own default where not given.
+        broker: its address; of ralmq.remote.connect, or $RALMQ_BROKER, where not given.
+
+    Raises:
+        Refused: the module cannot travel, with the reason.
+        NoService: there is no such worker.
+    """
+    peer = home(broker).peer(worker)
+    shipment = shipped(module)
+    for name in sorted(names(shipment.body["tree"])):
+        if ":" in name and name not in peer.allowed:
+            raise Refused(f"{worker} builds no {name}: start it with -o allow={name}")
+    staging = _uploaded(peer, shipment.tensors)
+    handle = peer.handle()
+    fields = {**shipment.body, "staging": staging.number, "device": device, "out": handle.number}
+    return RemoteModule(handle, peer.ask("copy", fields).result()[0])
+
+
+def built(name: str, worker: str, device: str = "", *, broker: str | None = None, **options: Any) -> RemoteModule:
+    """A module that the worker builds itself.
+
+    Args:
+        name: nn.<Class> of torch, or a class that the worker was started with (`-o allow=package.module:Class`).
+        options: arguments of its constructor: plain values.
+
+    Raises:
+        Refused: the worker has no such module, or cannot build it with these arguments.
+    """
+    peer = home(broker).peer(worker)
+    handle = peer.handle()
+    fields = {"name": name, "device": device, "out": handle.number, "a": pack([(), options], [])}
+    return RemoteModule(handle, peer.ask("build", fields).result()[0])
+
+
+def _uploaded(peer: Peer, tensors: list[torch.Tensor]) -> Handle:
+    """Tensors on their way to a worker, in pieces; the handle of where they gather."""
+    handle = peer.handle()
+    tensors = [tensor.detach().cpu().contiguous() for tensor in tensors]
+    under_way = deque([peer.ask("stage", {"specs": chunks.specs(tensors), "out": handle.number})])
+    for where in chunks.pieces(chunks.sizes(tensors)):
+        digest, found = chunks.cut(tensors, where)
+        fields = {"staging": handle.number, "where": where, "sha256": digest}
+        under_way.append(peer.ask("put", fields, found))
+        if len(under_way) > AHEAD:
+            under_way.popleft().result()
+    for pending in under_way:
+        pending.result()
+    return handle

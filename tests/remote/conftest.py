@@ -1,0 +1,38 @@
+"""A broker and three module workers in a thread of this process, and the caller's connection to them."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from inprocess import cluster
+from ralmq.remote.home import close, connect
+from ralmq.remote.worker import ModuleWorker
+from remote_served import NAMES, Served
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Served]:
+    ready, end = threading.Event(), asyncio.Event()
+    found: list[Served] = []
+
+    async def serve() -> None:
+        workers = {name: ModuleWorker(name=name, allow="remote_modules:Block,remote_modules:Odd") for name in NAMES}
+        async with cluster(*workers.values()) as made:
+            found.append(Served(None, made, workers, asyncio.get_running_loop()))  # type: ignore[arg-type]
+            ready.set()
+            await end.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), name="served", daemon=True)
+    thread.start()
+    assert ready.wait(60)
+    try:
+        found[0].home = connect(found[0].url, deadline=60)
+        yield found[0]
+    finally:
+        close()
+        found[0].loop.call_soon_threadsafe(end.set)
+        thread.join(20)
