@@ -7,16 +7,18 @@ The answer is soft state; who loads repeats what it was given, so that a new bro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from collections.abc import Set as Layers
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final, TypeGuard
 
 from ..schema.errors import Refused
 from ..schema.frame import Prefix
 from ..schema.keys import PLACE
+from ..schema.limits import MAX_NAME
 from ..schema.plan.model import Load, Model, model_of
-from ..schema.plan.plan import fitting
 from ..schema.plan.sizes import size_text
-from ..schema.plan.slots import Slot
+from ..schema.plan.slots import FASTEST, SLOWEST, Slot, with_speeds
 from ..schema.plan.spans import Task, best_spans
 from .pipelines import Pipelines
 from .records import Peer
@@ -24,16 +26,16 @@ from .requests import Requests
 from .roster import Roster
 
 LEASE: Final = 10.0  # seconds without a word from one that was given layers
-SILENT: Final = 3.0  # and from one that waits for some, or whose connection has ended: it has loaded, or failed
+SILENT: Final = 3.0  # and from one that waits for some, or has loaded and closes this connection for another one
 SETTLE: Final = 2.0  # seconds without a newcomer after which those who wait are planned, where none says how many come
 AGAIN: Final = 0.5  # seconds until the next question of one who waits
-MOST_LAYERS: Final = 512
+MOST_LAYERS: Final = 256
 MOST_CLAIMS: Final = 64  # of all models
 STATES: Final = 1 << 10  # sets of devices that are searched exactly: the broker has other work to do
 LABEL: Final = "place"  # of a stage's HELLO: who it was when it asked
 
 Group = tuple[str, str, int]  # model, fingerprint, layers
-Gaps = list[tuple[int, int]]  # layers that nobody has
+Spans = list[tuple[int, int]]  # first and last (exclusive) layers
 
 
 @dataclass(slots=True, eq=False)
@@ -65,16 +67,12 @@ class Places:
         self._roster = roster
         self._pipelines = pipelines
         self._claims: dict[str, Claim] = {}
-        self._tried: dict[Group, tuple[set[str], Gaps]] = {}  # those who did not fit together, and where
+        self._tried: dict[Group, tuple[set[str], Spans]] = {}  # those who got nothing, and the spans that there were
         requests.builtins[PLACE] = self._ask
 
     def _ask(self, now: float, asker: Peer, prefix: Prefix, body: dict[str, Any]) -> dict[str, Any]:
         """Answers {first, last, lease, why}, or {wait, why} with the seconds until it is to ask again."""
-        announced = {str(stage.hello.labels.get(LABEL)) for stage in self._pipelines.stages()}
-        for claim in list(self._claims.values()):
-            loads = claim.placed and self._roster.peers.get(claim.asker.key) is claim.asker
-            if now - claim.seen > (LEASE if loads else SILENT) or claim.who in announced:
-                del self._claims[claim.who]
+        self._end(now)
         claim = self._claim(now, asker, body)
         groups = {claim.group for claim in self._claims.values()}
         self._tried = {group: tried for group, tried in self._tried.items() if group in groups}
@@ -83,6 +81,16 @@ class Places:
         if not claim.placed:
             return {"wait": AGAIN, "why": claim.why}
         return {"first": claim.first, "last": claim.last, "lease": LEASE, "why": claim.why}
+
+    def _end(self, now: float) -> None:
+        """Forgets those who are there by now, and those of whom nothing was heard for too long."""
+        announced = {str(stage.hello.labels[LABEL]) for stage in self._pipelines.stages() if _asked(stage)}
+        for claim in list(self._claims.values()):
+            there = self._roster.peers.get(claim.asker.key) is claim.asker
+            patience = LEASE if there and claim.placed else SILENT
+            lost = not there and not claim.placed
+            if lost or now - claim.seen > patience or claim.who in announced:
+                del self._claims[claim.who]
 
     def _claim(self, now: float, asker: Peer, body: dict[str, Any]) -> Claim:
         fresh = _read(now, asker, body)
@@ -104,84 +112,75 @@ class Places:
         waiting = [claim for claim in claims if not claim.placed]
         expected = max(claim.of for claim in waiting)
         here = len(claims) + sum(_of(stage, group) and _asked(stage) for stage in self._pipelines.stages())
-        if here < expected:
+        spans = self._spans(group)
+        if here < expected and not spans:
             return _tell(waiting, f"waits for the other stages: {here} of {expected} are here")
-        if not expected and now - max(claim.since for claim in waiting) < SETTLE:
-            return _tell(waiting, "waits whether others join")
-        gaps = self._gaps(group)
-        state = {claim.who for claim in claims}, gaps
-        if self._tried.get(group) == state:
-            return None
-        for first, last in gaps:
-            self._fill(waiting, first, last)
-            waiting = [claim for claim in waiting if not claim.placed]
-        if not gaps:
-            if not any(claim.placed for claim in claims):
-                self._stand_in(now, waiting, group)
-        elif waiting:
-            self._tried[group] = state
-        return None
+        if here >= expected > 0 or now - max(claim.since for claim in waiting) >= SETTLE:
+            return self._give(now, claims, spans, group)
+        return _tell(waiting, "waits whether others join")
 
-    def _fill(self, waiting: Sequence[Claim], first: int, last: int) -> None:
-        """Splits layers that nobody has over those who wait; they are told what is missing where they do not fit."""
-        if not waiting:
-            return
-        load = Load(waiting[0].model, max(claim.kv_tokens for claim in waiting))
-        speeds = [claim.slot.speed for claim in waiting if claim.slot.speed]
-        common = sum(speeds) / len(speeds) if speeds else 1.0
-        slots = [replace(claim.slot, speed=claim.slot.speed or common) for claim in waiting]
-        spans = best_spans(Task(load, slots, first, last), STATES)
-        if spans is None:
-            memory = size_text(sum(slot.memory for slot in slots))
-            need = size_text(load.memory(first, last))
-            _tell(
-                waiting, f"layers {first}-{last - 1} need {need} of memory, those who wait have {memory}: add a worker"
-            )
-            return
-        for span in spans:
-            claim = waiting[span.slot]
-            claim.first, claim.last = span.first, span.last
-            claim.why = f"the fastest split of layers {first}-{last - 1} over {len(slots)}"
+    def _give(self, now: float, claims: Sequence[Claim], spans: Spans, group: Group) -> None:
+        """Layers that nobody has; else those of others, which takes until nobody loads.
 
-    def _stand_in(self, now: float, waiting: Sequence[Claim], group: Group) -> None:
-        """Nothing is missing: a second pipeline where they can hold one, else each takes the place of a stage, too.
-
-        Nobody may be loading, and a lease must have ended meanwhile: what loads, or one of those who wait loaded before
-        it failed, may leave layers free.
+        Then a lease must have ended meanwhile, too: what loads, or one of those who wait loaded before it failed, may
+        leave layers free. What was tried with the same stages is not tried again.
         """
-        waiting = [claim for claim in waiting if now - claim.since > LEASE]
-        self._fill(waiting, 0, group[2])
-        for claim in waiting:
-            if claim.placed:
-                continue
-            load = Load(claim.model, claim.kv_tokens)
-            spans = [
-                (first, last) for first, last in self._spans(group) if fitting(load, claim.slot, first, last) == last
-            ]
-            if spans:
-                held = {span: spans.count(span) for span in spans}
-                claim.first, claim.last = min(held, key=lambda span: (held[span], span[0] - span[1]))
-                claim.why = "every layer has a stage: it stands by for one of them"
-            else:
-                claim.why = "every layer has a stage, and no stage's layers fit its memory"
+        held = {layer for first, last in spans for layer in range(first, last)}
+        waiting = [claim for claim in claims if not claim.placed]
+        if len(held) == group[2]:
+            loading = len(waiting) < len(claims)
+            waiting = [claim for claim in waiting if not loading and now - claim.since > LEASE]
+        state = {claim.who for claim in waiting}, sorted(spans)
+        if not waiting or self._tried.get(group) == state:
+            return
+        if len(held) < group[2]:
+            _fill(waiting, group[2], held)
+        else:
+            _stand_in(waiting, spans, group[2])
+        if not any(claim.placed for claim in waiting):
+            self._tried[group] = state
 
-    def _spans(self, group: Group) -> list[tuple[int, int]]:
+    def _spans(self, group: Group) -> Spans:
         """Of the stages that are there, and of those that load."""
         stages = [stage for stage in self._pipelines.stages() if _of(stage, group) and not stage.draining]
         spans = [(span.first, span.last) for stage in stages if (span := stage.hello.span) is not None]
         return spans + [(c.first, c.last) for c in self._claims.values() if c.group == group and c.placed]
 
-    def _gaps(self, group: Group) -> Gaps:
-        covered = {layer for first, last in self._spans(group) for layer in range(first, last)}
-        gaps: Gaps = []
-        for layer in range(group[2]):
-            if layer in covered:
-                continue
-            if gaps and gaps[-1][1] == layer:
-                gaps[-1] = gaps[-1][0], layer + 1
-            else:
-                gaps.append((layer, layer + 1))
-        return gaps
+
+def _fill(waiting: Sequence[Claim], layers: int, held: Layers[int] = frozenset()) -> None:
+    """Splits layers that nobody has over those who wait; they are told what is missing where they do not fit."""
+    free = [layer for layer in range(layers) if layer not in held]
+    gaps = [(a, b) for a, b in pairwise([-1, *sorted(held), layers]) if b - a > 1]
+    first, last = free[0], free[-1] + 1
+    where = ", ".join(f"{before + 1}-{after - 1}" for before, after in gaps)
+    load = Load(waiting[0].model, max(claim.kv_tokens for claim in waiting))
+    slots = with_speeds([claim.slot for claim in waiting])
+    spans = best_spans(Task(load, slots, first, last, held=frozenset(held)), STATES)
+    if spans is None:
+        memory = size_text(sum(slot.memory for slot in slots))
+        need = size_text(sum(load.memory(before + 1, after) for before, after in gaps))
+        return _tell(waiting, f"layers {where} need {need} of memory, those who wait have {memory}: add a worker")
+    for span in spans:
+        claim = waiting[span.slot]
+        claim.first, claim.last = span.first, span.last
+        claim.why = f"the fastest split of layers {where} over {len(slots)}"
+    return None
+
+
+def _stand_in(waiting: Sequence[Claim], spans: Spans, layers: int) -> None:
+    """Nothing is missing: a second pipeline where they can hold one, else each takes the place of a stage, too."""
+    _fill(waiting, layers)
+    for claim in waiting:
+        if claim.placed:
+            continue
+        load = Load(claim.model, claim.kv_tokens)
+        fit = [span for span in spans if load.memory(*span) <= claim.slot.memory]
+        if fit:
+            claim.first, claim.last = min(fit, key=lambda span: (fit.count(span), span[0] - span[1]))
+            spans.append((claim.first, claim.last))
+            claim.why = "every layer has a stage: it stands by for one of them"
+        else:
+            claim.why = "every layer has a stage, and no stage's layers fit its memory"
 
 
 def _tell(waiting: Sequence[Claim], why: str) -> None:
@@ -198,18 +197,26 @@ def _asked(stage: Peer) -> bool:
     return LABEL in stage.hello.labels
 
 
+def _short(text: Any) -> TypeGuard[str]:
+    return isinstance(text, str) and 0 < len(text) <= 64
+
+
 def _read(now: float, asker: Peer, body: dict[str, Any]) -> Claim:
     model = model_of(body.get("sizes"))
     who, fingerprint, kv_tokens, of = (body.get(name) for name in ("who", "fingerprint", "kv_tokens", "of"))
     memory, speed, held = (body.get(name) for name in ("memory", "speed", "held"))
+    if not 0 < len(model.name) <= MAX_NAME:
+        raise Refused(f"a model's name has 1 to {MAX_NAME} characters: give name=")
+    if asker.entry is not None and not asker.entry.may_offer(service := f"lm:{model.name}"):
+        raise Refused(f"the key {asker.entry.name} ({asker.entry.role}) may not offer {service}: use another key")
     if len(model.layers) > MOST_LAYERS:
         raise Refused(f"{model.name} has {len(model.layers)} layers, {MOST_LAYERS} may be placed: give layers=")
-    if not isinstance(who, str) or not 0 < len(who) <= 64 or not isinstance(fingerprint, str):
+    if not _short(who) or not _short(fingerprint):
         raise Refused("who asks for layers gives itself a name, and the model's fingerprint")
     if not all(type(n) is int and 0 <= n < 1 << 60 for n in (memory, kv_tokens, of)):
         raise Refused("memory, kv_tokens and of are whole numbers: bytes, tokens, stages")
-    if not isinstance(speed, int | float) or not 0 <= speed < 1e9:
-        raise Refused("speed is a number of GB/s, 0 where it is not known")
+    if not isinstance(speed, int | float) or not (speed == 0 or SLOWEST <= speed <= FASTEST):
+        raise Refused(f"speed is {SLOWEST:g} to {FASTEST:g} GB/s, or 0 where it is not known")
     group = (model.name, fingerprint, len(model.layers))
     slot = Slot(asker.name, memory or 0, float(speed), str(body.get("device", "cpu"))[:32])
     claim = Claim(who, asker, group, model, slot, kv_tokens or 0, of or 0, now, now)

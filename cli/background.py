@@ -56,6 +56,13 @@ def detach(arguments: Sequence[str]) -> None:
     raise _failure(process.returncode, last_line(log).removeprefix(PREFIX))
 
 
+def clear_logs(directory: Path) -> None:
+    """Those of the last cluster, without that of the supervisor, which may have begun this one."""
+    for old in directory.glob("*.log"):
+        if old.name != SUPERVISOR_LOG:
+            old.unlink()
+
+
 def joined(directory: Path, origin: str, wanted: Callable[[], "Sequence[Task]"]) -> bool:
     """Whether the cluster of that origin runs here already; what is new of it is added then, and told.
 
@@ -64,7 +71,8 @@ def joined(directory: Path, origin: str, wanted: Callable[[], "Sequence[Task]"])
     """
     from ..cluster.record import running
 
-    found = running(directory)
+    while (found := running(directory)) is not None and "origin" not in found and not found.get("ready"):
+        time.sleep(POLL)  # it begins
     if found is None:
         return False
     if found.get("origin") != origin:

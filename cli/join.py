@@ -11,7 +11,7 @@ import typer
 from ..schema.address import BROKER_VARIABLE, DEFAULT_BROKER
 from ..schema.errors import Refused
 from ..schema.keys import KEYS_VARIABLE, broker_key, key_for, read_entries
-from .background import SUPERVISOR_LOG, detach, joined
+from .background import clear_logs, detach, joined
 from .failures import PREFIX
 from .serve import check_bind
 from .shared import Keys, run
@@ -52,6 +52,8 @@ def join(
         raise Refused("--memory and --speed are of what is offered for --model: in a cluster file they are in the file")
     if model and (file or machine):
         raise Refused("--model is for a broker without a cluster file: leave --file and --machine away")
+    if path and (file or model):
+        raise Refused("--path is for what the broker's plan has for this machine: a file says it as models = {...}")
     key_for(url, None, works=True)  # a fault in them is told before anything starts
     here = machine or socket.gethostname()
     if file is not None:
@@ -94,7 +96,7 @@ def up_file(file: Path, machine: str, *, in_background: bool, url: str = "", key
     here = this_machine(source, machine, socket.gethostname())
     layout = lay_out(source, here)
     center = here == source.center and not url
-    _take_keys(source, here, center, keys)
+    _take_keys(source, here, url, keys)
     models = source.file.machines[here].models
 
     def tasks_of(layout: "Layout") -> "list[Task]":
@@ -111,7 +113,7 @@ def up_file(file: Path, machine: str, *, in_background: bool, url: str = "", key
         return tasks_of(found), found.as_map() if center else {}
 
     settings = source.file.cluster
-    alone = not any(tasks for name, tasks in layout.machines.items() if name != here)
+    alone = center and not any(tasks for name, tasks in layout.machines.items() if name != here)
     how: dict[str, Any] = {"bind": settings.bind or settings.broker, "insecure": settings.insecure}
     if not center:
         how = {"join": url or settings.broker}
@@ -120,9 +122,9 @@ def up_file(file: Path, machine: str, *, in_background: bool, url: str = "", key
     _serve({**how, "site": "" if alone else here, "outside": outside}, wanted, str(file), alone=alone, others=others)
 
 
-def _take_keys(source: "Source", here: str, center: bool, given: str | None) -> None:
+def _take_keys(source: "Source", here: str, url: str, given: str | None) -> None:
     """Puts the keys that the file names where every process finds them; what --keys or $RALMQ_KEYS says goes first."""
-    settings, entry = source.file.cluster, source.file.machines[here]
+    settings, entry, center = source.file.cluster, source.file.machines[here], here == source.center and not url
     place: tuple[str, ...] = ("cluster", "keys") if center and not entry.keys else ("machines", here, "keys")
     named = entry.keys or (settings.keys if center else "")
     if not given and named:
@@ -136,7 +138,7 @@ def _take_keys(source: "Source", here: str, center: bool, given: str | None) -> 
                 broker_key(Path(keys))
                 read_entries(Path(keys))
         else:
-            key_for(settings.broker, None, works=True)
+            key_for(url or settings.broker, None, works=True)
     except Refused as error:
         raise error if given else source.fault(place, error.message) from None
 
@@ -194,9 +196,7 @@ async def _served(how: dict[str, Any], wanted: "Wanted", origin: str, alone: boo
 
     directory = state_directory()
     with holding(directory):
-        for old in directory.glob("*.log"):
-            if old.name != SUPERVISOR_LOG:
-                old.unlink()
+        clear_logs(directory)
         async with Cluster(directory, **how) as cluster:
 
             def shown(status: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from ..schema.address import DEFAULT_BROKER
 from ..schema.errors import Refused
-from .background import POLL, SUPERVISOR_LOG, detach
+from .background import POLL, clear_logs, detach
 from .failures import PREFIX
 from .join import show, up_file
 from .serve import Insecure, check_bind
@@ -130,9 +130,7 @@ async def _up(settings: Settings) -> None:
 
     directory = state_directory()
     with holding(directory):
-        for old in directory.glob("*.log"):
-            if old.name != SUPERVISOR_LOG:
-                old.unlink()
+        clear_logs(directory)
         async with local_cluster(**settings, directory=directory) as cluster:
             status = await cluster.ready()
             show(cluster, status)

@@ -55,6 +55,8 @@ class Wire:
         refused: called with the reason when the broker, or this side, does not accept the other's key, and whether that
             is certain: handshakes that only break off may be those of a broker behind a proxy that is not up yet.
         nameless: called with the reason when the host name has no address, and with "" when it has one again.
+        met: called each time that a connection is made: before the first nothing can be on its way.
+        once: one connection, and no other after it, so that nothing can arrive behind a gap.
 
     Raises:
         Refused: the url is no address.
@@ -69,11 +71,14 @@ class Wire:
         key: PeerKey | None = None,
         refused: Callable[[str, bool], None] = lambda reason, certain: None,
         nameless: Callable[[str], None] = lambda reason: None,
+        met: Callable[[], None] = lambda: None,
+        once: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._take = take
         self._cut = cut
         self._refused = refused
+        self._met = met
         self._failures = 0
         self._why = _REASONS if key is not None else _NO_KEY
         self._waiting: deque[list[Any]] = deque()
@@ -84,6 +89,9 @@ class Wire:
         self._socket: zmq.Socket[bytes] = (context or zmq.Context.instance()).socket(zmq.DEALER)
         for option, value in _OPTIONS:
             self._socket.setsockopt(option, value)
+        self._socket.setsockopt(zmq.IPV6, int("[" in url))
+        if once:
+            self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
         if key is not None:
             self._socket.setsockopt(zmq.CURVE_SERVERKEY, key.broker.encode())
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
@@ -210,6 +218,7 @@ class Wire:
                 if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                     self._names.stop()
                     self._failures = min(0, self._failures)
+                    self._met()
                     continue
                 self._names.start()
                 cut = cut or event["event"] == zmq.EVENT_DISCONNECTED

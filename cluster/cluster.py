@@ -19,6 +19,7 @@ from .child import Child, Lifeline
 LOOPBACK: Final = "tcp://127.0.0.1:*"  # any free port
 STARTED: Final = "broker at "  # what a broker says once it is bound, followed by its address
 POLL: Final = 0.05
+LONGEST: Final = 120  # characters of a worker's name without its suffix
 READY_WITHIN: Final = 600.0  # a large model takes long to load; a process that fails ends the wait at once
 GRACE: Final = DRAIN + 2 * CLEAN_UP  # seconds that a process has for its drain
 
@@ -95,7 +96,7 @@ class Cluster:
             waits: it may wait for other machines before it serves: `ready` does not wait for it.
         """
         name = name or self._free_name(worker.rpartition(":")[2].lower())
-        label = f"{name}@{self.site}" if self.site else ""
+        label = f"{name}@{self.site}"[:LONGEST] if self.site else ""
         line = ["worker", worker, "--broker", self.url, *(["--name", label] if label else []), *arguments]
         return await self._start(name, line, threads or self._threads, label, waits)
 

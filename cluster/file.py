@@ -21,6 +21,7 @@ NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _HEADER: Final = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]\]?\s*(?:#.*)?$")
 _WORD: Final = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
 _KEY: Final = re.compile(rf"\s*({_WORD}(?:\s*\.\s*{_WORD})*)\s*=\s*(\[\s*(?:#.*)?$)?")
+_ADDRESS: Final = re.compile(r"tcp://[^/\s]+:(\d{1,5}|\*)|ipc://\S.*")
 _ENTRY: Final = re.compile(r"\s*\{")  # of a list that goes over several lines
 
 
@@ -208,6 +209,10 @@ def _check(source: Source) -> None:
         for name in getattr(file, table):
             if not NAME.fullmatch(name):
                 raise source.fault((table, name), f"{name!r} is no name: use letters, digits, dots, dashes")
+    for address in ("broker", "bind"):
+        told = getattr(file.cluster, address)
+        if not _ADDRESS.fullmatch(told) and (told or address == "broker"):
+            raise source.fault(("cluster", address), f"{told!r} is no address: write tcp://host:port")
     source.machine(file.cluster.machine, ("cluster", "machine"))
     for name, model in file.models.items():
         if model.stages and model.machines:

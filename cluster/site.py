@@ -11,6 +11,7 @@ from typing import Any, Final
 from ..client.client import connect
 from ..schema.errors import RalmqError, Refused
 from ..schema.keys import CLUSTER
+from .child import BAD_INPUT
 from .cluster import POLL, Cluster
 from .record import write
 from .supervise import supervise
@@ -19,7 +20,7 @@ from .tasks import Task, task_of
 PUBLISH: Final = f"{CLUSTER}.publish"
 DEADLINE: Final = 10.0
 SOON: Final = 5.0  # seconds after which a broker that has just been started must have been told the file
-AGAIN: Final = signal.SIGHUP  # asks a supervisor to look whether there is more to start
+AGAIN: Final = signal.SIGUSR1  # asks a supervisor to look whether there is more to start
 
 Wanted = Callable[[], Awaitable[tuple[list[Task], Mapping[str, Any]]]]
 """What this machine is to run, and what the others are (for the broker; empty where it is not ours to say)."""
@@ -29,7 +30,7 @@ class Site:
     """The processes of one machine.
 
     Args:
-        wanted: asked at the start, and on SIGHUP again: what is new is started, nothing else changes.
+        wanted: asked at the start, and on SIGUSR1 again: what is new is started, nothing else changes.
         origin: the file, or the broker, that says what runs here.
         alone: no other machine belongs to the cluster, so that every model has its pipeline here.
         told: gets a line for whatever happens later.
@@ -73,7 +74,7 @@ class Site:
         """Writes what runs, for `ralmq status`, `down`, `logs` and a second `up`."""
         children = self.cluster.children.values()
         processes = [{"name": child.name, "pid": child.pid, "log": str(child.log)} for child in children]
-        tasks = [task.as_map() for task in self._tasks.values()]
+        tasks = [task.as_map() for task in self._tasks.values() if self._runs(task)]
         found = {"pid": os.getpid(), "url": self.cluster.url, "ready": self._ready, "processes": processes}
         write(
             self.cluster.directory,
@@ -89,14 +90,17 @@ class Site:
     async def _add(self) -> dict[str, Any]:
         """Starts what is wanted and not there yet."""
         tasks, self._machines = await self._wanted()
-        fresh = [task for task in tasks if task.name not in self._tasks]
+        fresh = [task for task in tasks if not self._runs(task)]
         for task in fresh:
             await self.cluster.spawn(task.worker, *task.flags, name=task.name, threads=task.threads, waits=task.waits)
+            self._tasks[task.name] = task
         await self._say()  # before the wait: stages of other machines may have to join first
         names = [task.name for task in fresh]
-        status = await self.cluster.ready(only=names or ["broker"], pipelines=self._alone)
-        self._tasks |= {task.name: task for task in fresh}
-        return status
+        return await self.cluster.ready(only=names or ["broker"], pipelines=self._alone)
+
+    def _runs(self, task: Task) -> bool:
+        """Or is started again by the supervisor: not what ended because its input is to be mended."""
+        return task.name in self._tasks and self.cluster.children[task.name].code != BAD_INPUT
 
     async def _grow(self, more: asyncio.Event) -> None:
         while True:
@@ -107,10 +111,14 @@ class Site:
                 await self._add()
             except RalmqError as error:
                 self._fault = error.message
-                self._told(f"nothing was added: {error.message}")
+                self._tell(f"nothing was added: {error.message}")
             self._turn += 1
             with contextlib.suppress(OSError):
                 self.record()
+
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal is gone; what runs goes on
+            self._told(line)
 
     async def _publish(self) -> None:
         """Tells a broker that was started anew what it has forgotten."""
@@ -120,7 +128,7 @@ class Site:
             try:
                 await self._say()
             except RalmqError as error:
-                self._told(f"the broker does not take the cluster's plan: {error.message}")
+                self._tell(f"the broker does not take the cluster's plan: {error.message}")
 
     async def _say(self) -> None:
         if self._machines:
@@ -147,8 +155,9 @@ async def asked(url: str, machine: str, wait: float) -> list[Task]:
         NoBroker: it cannot be reached.
         Refused: the broker knows no cluster file, or none of its machines is called so.
     """
-    end, names = time.monotonic() + SOON, []
+    names: list[str] = []
     async with connect(url, wait=wait, name="join") as client:
+        end = time.monotonic() + SOON
         while True:
             answer = (await client.request(CLUSTER, {"machine": machine}, deadline=DEADLINE)).body
             names = [str(name) for name in answer.get("machines") or ()]

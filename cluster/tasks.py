@@ -3,21 +3,23 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from ..schema.errors import Refused
 from ..schema.plan.model import Load
 from ..schema.plan.model import Model as Sizes
 from ..schema.plan.plan import Plan, make_plan
-from ..schema.plan.slots import Slot, devices_of, read_speeds
+from ..schema.plan.slots import Slot
 from ..workers.generator.encdec import start_of
 from ..workers.models import EMBEDDED, resolve
 from ..workers.weigh import weigh
 from .addresses import is_here
 from .file import NAME, Machine, Model, Path_, Source, Value, suggestion
+from .memory import Memory
 
 OVER_THE_WIRE: Final = ("echo", "stage", "index", "generator", "encoder", "t5-encoder")
 NOT_OVER_THE_WIRE: Final = ("hooks",)  # options that name code
+TAKEN: Final = ("broker", "supervisor")  # names of logs that no worker may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,7 @@ def task_of(body: Any) -> Task:
     if not isinstance(body, Mapping):
         raise Refused("the broker's plan has an entry that is no map: start both sides with the same version")
     name, worker, options, threads = (body.get(key) for key in ("name", "worker", "options", "threads"))
-    plain = isinstance(options, Mapping) and all(
-        isinstance(key, str) and isinstance(value, str) for key, value in options.items()
-    )
-    if not isinstance(name, str) or not NAME.fullmatch(name) or not plain or not isinstance(options, Mapping):
+    if not isinstance(name, str) or not NAME.fullmatch(name) or name in TAKEN or not _plain(options):
         raise Refused(
             "the broker's plan has an entry without a name or options: start both sides with the same version"
         )
@@ -72,6 +71,13 @@ def task_of(body: Any) -> Task:
             "the broker's plan has an entry with no number of threads: start both sides with the same version"
         )
     return Task(name, str(worker), dict(options), threads, body.get("waits") is True)
+
+
+def _plain(options: Any) -> TypeGuard[Mapping[str, str]]:
+    """Whether they are names and texts; `-o NAME=TEXT` is cut at the first =, so a name that has one is another's."""
+    return isinstance(options, Mapping) and all(
+        isinstance(key, str) and key.isidentifier() and isinstance(value, str) for key, value in options.items()
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,30 +96,39 @@ def lay_out(source: Source, here: str = "") -> Layout:
     """The processes of a file's machines.
 
     Args:
-        here: the machine that this is: its own directories are looked into.
+        here: the machine that this is: its own directories are looked into. Where it has no part of any model, and does
+            not run the broker, none is looked at, and what others start is left out.
 
     Raises:
         Refused: a model that does not fit, spans that overlap or leave layers out, a directory that is not there;
             the message names the line.
     """
     layout = Layout({name: [] for name in source.file.machines})
-    for name, model in source.file.models.items():
+    memory = Memory(source)
+    models = source.file.models
+    if here not in ("", source.center) and not any(_concerns(source, model, here) for model in models.values()):
+        models = {}
+    for name, model in sorted(models.items(), key=lambda item: memory.rank(item[1])):
         path = _path(source, model.path)
         sizes = _weighed(source, name, model, here)
         if model.stages:
-            _by_hand(source, layout, name, model, path, sizes)
+            _by_hand(source, layout, memory, name, model, path, sizes)
         else:
-            _planned(source, layout, name, model, path, sizes)
+            _planned(source, layout, memory, name, model, path, sizes)
         center = source.machine(model.generator, ())
         _add(source, layout, center, Task(f"{name}-generator", "generator", {"model": path, "name": name}))
         if _crossed(source, name, model, here):
-            _add(source, layout, center, Task(f"{name}-encoder", "t5-encoder", {"model": path, "name": name}))
+            threads = source.file.machines[center].threads
+            options = {"model": path, "name": name, "threads": str(threads)}
+            _add(source, layout, center, Task(f"{name}-encoder", "t5-encoder", options, threads))
     for name, index in source.file.indexes.items():
         for machine in index.machines or [source.machine(index.machine, ())]:
             options = {"index": _path(source, index.path), "name": name, **_texts(index.options)}
             _add(source, layout, machine, Task(f"index-{name}", "index", options))
     for number, extra in enumerate(source.file.workers):
         name = extra.name or f"{extra.worker.rpartition(':')[2].lower()}-{number}"
+        if not NAME.fullmatch(name):
+            raise source.fault(("workers", number), f"{extra.worker!r} gives no name: write name = ... for its process")
         task = Task(name, extra.worker, _texts(extra.options), extra.threads)
         _add(source, layout, source.machine(extra.machine, ()), task, ("workers", number))
     return layout
@@ -133,73 +148,71 @@ def on_machine(tasks: Sequence[Task], models: Mapping[str, str]) -> list[Task]:
     return changed
 
 
-def _by_hand(source: Source, layout: Layout, name: str, model: Model, path: str, sizes: Sizes) -> None:
-    """Stages as the file has them: without spares they hold each layer once."""
-    layers, reached = len(sizes.layers), 0
-    spans = []
+def _by_hand(source: Source, layout: Layout, memory: Memory, name: str, model: Model, path: str, sizes: Sizes) -> None:
+    """Stages as the file has them."""
+    spans = [_span(source, name, number, stage.layers, len(sizes.layers)) for number, stage in enumerate(model.stages)]
+    _check_whole(source, name, model, spans, len(sizes.layers))
     for number, stage in enumerate(model.stages):
         place: Path_ = ("models", name, "stages", number)
-        first, colon, last = stage.layers.partition(":")
-        if not colon or not first.isdecimal() or not last.isdecimal():
-            raise source.fault((*place, "layers"), f'{stage.layers!r} are no layers: write layers = "0:{layers}"')
-        if not 0 <= int(first) < int(last) <= layers:
-            raise source.fault((*place, "layers"), f"layers {stage.layers} do not exist: {name} has 0:{layers}")
-        if not stage.spare:
-            spans.append((int(first), int(last), number))
         machine = source.machine(stage.machine, (*place, "machine"))
         options = {"model": path, "name": name, "layers": stage.layers, **_stage_options(source, model, machine)}
-        if "kv_mib" not in {**model.options, **stage.options}:
-            options["kv_mib"] = str(_kv_mib(sizes, model.kv_tokens, int(first), int(last)))
         options |= _texts(stage.options)
+        memory.book(machine, options, Load(sizes, model.kv_tokens), spans[number], place)
         threads = source.file.machines[machine].threads
         _add(source, layout, machine, Task(f"{name}-stage-{number}", "stage", options, threads), place)
-    before = None
-    for first_, last_, number in sorted(spans):
-        place = ("models", name, "stages", number)
-        if first_ < reached and before is not None:
-            other = model.stages[before[2]]
-            raise source.fault(
-                place,
-                f"layers {first_}:{last_} overlap with {before[0]}:{before[1]} on "
-                f"{source.machine(other.machine, ())}: give each layer once, or write spare = true",
-            )
-        if first_ > reached:
-            raise source.fault(place, f"layers {reached}:{first_} of {name} are on no machine: add a stage for them")
-        reached, before = last_, (first_, last_, number)
+
+
+def _span(source: Source, name: str, number: int, text: str, layers: int) -> tuple[int, int]:
+    place = ("models", name, "stages", number, "layers")
+    first, colon, last = text.partition(":")
+    if not colon or not first.isdecimal() or not last.isdecimal():
+        raise source.fault(place, f'{text!r} are no layers: write layers = "0:{layers}"')
+    if not 0 <= int(first) < int(last) <= layers:
+        raise source.fault(place, f"layers {text} do not exist: {name} has 0:{layers}")
+    return int(first), int(last)
+
+
+def _check_whole(source: Source, name: str, model: Model, spans: Sequence[tuple[int, int]], layers: int) -> None:
+    """Without spares the stages hold each layer once."""
+    reached, before = 0, 0
+    for number in sorted(range(len(spans)), key=lambda number: spans[number]):
+        if model.stages[number].spare:
+            continue
+        place, (first, last) = ("models", name, "stages", number), spans[number]
+        if first < reached:
+            other, machine = model.stages[before].layers, source.machine(model.stages[before].machine, ())
+            what = f"layers {first}:{last} overlap with {other} on {machine}"
+            raise source.fault(place, f"{what}: give each layer once, or write spare = true")
+        if first > reached:
+            raise source.fault(place, f"layers {reached}:{first} of {name} are on no machine: add a stage for them")
+        reached, before = last, number
     if reached < layers:
         raise source.fault(("models", name), f"layers {reached}:{layers} of {name} are on no machine: add a stage")
 
 
-def _planned(source: Source, layout: Layout, name: str, model: Model, path: str, sizes: Sizes) -> None:
+def _planned(source: Source, layout: Layout, memory: Memory, name: str, model: Model, path: str, sizes: Sizes) -> None:
     """Stages by the planner: here and now where the memory of all machines is in the file, else by the broker."""
-    machines = model.machines or list(source.file.machines)
-    slots: list[Slot] = []
-    for machine in machines:
-        entry = source.file.machines[machine]
-        try:
-            speeds = read_speeds(str(entry.speed)) if entry.speed else ()
-            slots += devices_of(machine, entry.memory, speeds) if entry.memory else [Slot(machine, 0, sum(speeds))]
-        except Refused as error:
-            raise source.fault(("machines", machine), error.message) from None
+    slots = memory.slots(model)
     if all(slot.memory for slot in slots):
         try:
-            plan = make_plan(sizes, slots, kv_tokens=model.kv_tokens)
+            plan = make_plan(sizes, memory.left_of(slots), kv_tokens=model.kv_tokens)
         except Refused as error:
             raise source.fault(("models", name), error.message) from None
         layout.plans[name] = plan
         for share in plan.used:
-            kv = str(_kv_mib(sizes, model.kv_tokens, share.first, share.last))
-            told = {"layers": f"{share.first}:{share.last}", "kv_mib": kv}
+            memory.take(share.slot, share.weights + share.cache)
+            told = {"layers": f"{share.first}:{share.last}", "kv_mib": str(plan.load.kv_mib(share.first, share.last))}
             _add_stage(source, layout, name, model, path, share.slot, told)
         return
     if len(slots) == 1 and not slots[0].memory:  # one machine that says nothing of itself: it takes all
-        _add_stage(source, layout, name, model, path, slots[0], {"layers": f"0:{len(sizes.layers)}"})
+        kv = Load(sizes, model.kv_tokens).kv_mib(0, len(sizes.layers))
+        _add_stage(source, layout, name, model, path, slots[0], {"layers": f"0:{len(sizes.layers)}", "kv_mib": str(kv)})
         return
     for slot in slots:
         told = {"stage": f"auto/{len(slots)}", "kv_tokens": str(model.kv_tokens)}
-        told |= {"memory": str(slot.memory)} if slot.memory else {}
+        told |= {"memory": str(memory.part(slot))} if slot.memory else {}
         told |= {"speed": str(slot.speed)} if slot.speed else {}
-        _add_stage(source, layout, name, model, path, slot, told, waits=len(machines) > 1)
+        _add_stage(source, layout, name, model, path, slot, told, waits=len({slot.name for slot in slots}) > 1)
 
 
 def _add_stage(
@@ -233,9 +246,16 @@ def _stage_options(source: Source, model: Model, machine: str) -> dict[str, str]
 
 
 def _add(source: Source, layout: Layout, machine: str, task: Task, place: Path_ = ()) -> None:
+    if task.name in TAKEN:
+        raise source.fault(place, f"{task.name} is the name of a process of the cluster itself: give another one")
     if any(other.name == task.name for other in layout.machines[machine]):
         raise source.fault(place, f"two processes of {machine} are called {task.name}: give one of them another name")
     layout.machines[machine].append(task)
+
+
+def _concerns(source: Source, model: Model, machine: str) -> bool:
+    told = [stage.machine or source.center for stage in model.stages]
+    return machine in (*(told or model.machines or source.file.machines), model.generator)
 
 
 def _weighed(source: Source, name: str, model: Model, here: str) -> Sizes:
@@ -260,10 +280,6 @@ def _path(source: Source, text: str) -> str:
     if text == EMBEDDED or text.startswith("~"):
         return text
     return str((source.path.parent / text).resolve())
-
-
-def _kv_mib(sizes: Sizes, kv_tokens: int, first: int, last: int) -> int:
-    return max(1, -(-Load(sizes, -(-kv_tokens // 16) * 16).cache(first, last) >> 20))
 
 
 def _texts(options: Mapping[str, Value]) -> dict[str, str]:

@@ -1,6 +1,9 @@
 """A cluster file of ralmq as text, from machines and the layers or the memory that each of them has."""
 
 import json
+import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,14 +35,14 @@ class Cluster:
     def text(self) -> str:
         """The file. Layers are even where neither layers nor the memory of every machine is known."""
         addresses = {node.machine: node.address for node in self.nodes}
-        name = self.model.name
+        name = re.sub(r"[^A-Za-z0-9_.-]+|^[^A-Za-z0-9]+", "-", self.model.name).strip("-")[:64] or "model"
         lines = ["[cluster]", f"broker = {_quoted(self.broker)}", f"machine = {_quoted(self.nodes[0].machine)}"]
         if not self.broker.startswith(("tcp://127.", "tcp://localhost")):
             lines += ['keys = "keys"  # made by: ralmq keys init keys']
         for machine, address in addresses.items():
             lines += ["", f"[machines.{_quoted(machine)}]", f"host = {_quoted(address)}"]
             if machine in self.memory:
-                lines += [f"memory = {_quoted(self.memory[machine])}"]
+                lines += [f"memory = {_quoted(self._memory(machine))}"]
         lines += ["", f"[models.{_quoted(name)}]", f"path = {_quoted(str(self.model))}"]
         if set(addresses) <= set(self.memory):
             return "\n".join([*lines, f"machines = {json.dumps(list(addresses))}", ""])
@@ -52,6 +55,17 @@ class Cluster:
                 options
             )
         return "\n".join([*lines, ""])
+
+    def _memory(self, machine: str) -> str:
+        """Of the node's own device, where the user names none."""
+        devices = {node.device for node in self.nodes if node.machine == machine}
+        device, memory = min(devices), self.memory[machine]
+        if ":" in memory or devices == {"cpu"}:
+            return memory
+        if len(devices) > 1:
+            example = "+".join(f"{one}:8GiB" for one in sorted(devices))
+            raise Unusable(f"--memory {machine}={memory}: it has several devices; give {machine}={example}")
+        return f"{device}:{memory}"
 
     def _spans(self) -> list[tuple[int, int]]:
         """Those of the input where they hold each layer once, else even ones."""
@@ -76,6 +90,19 @@ class Cluster:
         return found
 
 
+def run(make: Callable[[], Cluster], path: Path) -> int:
+    """Prints the file, or in one line what is wrong with the input; returns the exit code."""
+    try:
+        print(make().text(), end="")
+    except Unusable as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        print(f"{path}: has a value of another form than this script takes ({error})", file=sys.stderr)
+        return 2
+    return 0
+
+
 def memories(pairs: list[str], machines: set[str]) -> dict[str, str]:
     """From NAME=MEMORY, such as starter=8GiB."""
     found = dict(pair.partition("=")[::2] for pair in pairs)
@@ -93,4 +120,4 @@ def read(path: Path) -> object:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text)
+    return json.dumps(text, ensure_ascii=False)  # TOML has no surrogates

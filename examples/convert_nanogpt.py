@@ -31,18 +31,41 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models
 
 Tensors = dict[str, torch.Tensor]
+COMPUTED = ("cos", "sin", "mask_cache")  # tables of older checkpoints
 
 
 class Unusable(Exception):
     """One line that says what is wrong with the input, and what to do."""
 
 
+class Given(Tensors):
+    """Tensors of a checkpoint; which of them were asked for is remembered, so that none is lost without a word."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__((name.removeprefix("_orig_mod."), tensor) for name, tensor in tensors.items())
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked.add(name)
+        return super().get(name, default)
+
+    def check(self) -> None:
+        """What is left over belongs to another kind of model; masks [1, 1, n, n] and tables are computed anew."""
+        over = [name for name in self if name not in self.asked and 0 < super(Given, self).__getitem__(name).dim() < 4]
+        over = [name for name in over if name not in COMPUTED]
+        if over:
+            raise Unusable(f"the model has {min(over)}, which has no place in what is written: use another model")
+
+
 # -- nanoGPT
 
 
-def from_nanogpt(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], Tensors]:
+def from_nanogpt(sizes: Mapping[str, Any], given: Given) -> tuple[dict[str, Any], Tensors]:
     """config.json and tensors as GPT-2 has them."""
-    sizes, given = checkpoint["model_args"], plain_names(checkpoint["model"])
     layers, width = int(sizes["n_layer"]), int(sizes["n_embd"])
     config = {
         "model_type": "gpt2",
@@ -74,18 +97,16 @@ def from_nanogpt(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], Tensors
         for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
             copy(at + name, transposed=True)
     copy("transformer.ln_f", transposed=False)
+    head = given.get("lm_head.weight")
+    if head is not None and not torch.equal(head, out["transformer.wte.weight"]):
+        raise Unusable("the head is not the embedding, as it is in nanoGPT: use a checkpoint of nanoGPT itself")
     return config, out
-
-
-def plain_names(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Without what torch.compile puts before every name."""
-    return {name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
 
 
 # -- litGPT
 
 
-def from_litgpt(sizes: Mapping[str, Any], given: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], Tensors]:
+def from_litgpt(sizes: Mapping[str, Any], given: Given) -> tuple[dict[str, Any], Tensors]:
     """config.json and tensors as Llama has them."""
     wanted = {
         "mlp_class_name": "LLaMAMLP",
@@ -97,6 +118,13 @@ def from_litgpt(sizes: Mapping[str, Any], given: Mapping[str, torch.Tensor]) -> 
         "sliding_window_size": None,
         "norm_qk": False,
         "scale_embeddings": False,
+        "post_attention_norm": False,
+        "post_mlp_norm": False,
+        "shared_attention_norm": False,
+        "attention_scores_scalar": None,
+        "attention_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "rope_condense_ratio": 1,
     }
     for name, value in wanted.items():
         if name in sizes and sizes[name] != value:
@@ -144,9 +172,7 @@ def from_litgpt(sizes: Mapping[str, Any], given: Mapping[str, torch.Tensor]) -> 
     return config, out
 
 
-def queries_keys_values(
-    given: Mapping[str, torch.Tensor], at: str, heads: int, groups: int, head: int
-) -> tuple[torch.Tensor, ...]:
+def queries_keys_values(given: Given, at: str, heads: int, groups: int, head: int) -> tuple[torch.Tensor, ...]:
     """Each [heads or groups x head size, width]."""
     joined = given.get(f"{at}attn.qkv.weight")
     if joined is not None:
@@ -178,7 +204,19 @@ def flat_yaml(path: Path) -> dict[str, Any]:
 
 
 def alphabet_of(meta: Path) -> dict[str, int]:
-    """`stoi` of nanoGPT's meta.pkl, from its opcodes: nothing of the file is executed."""
+    """`stoi` of nanoGPT's meta.pkl."""
+    try:
+        found = opcodes_of(meta)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise Unusable(f"{meta}: is broken, or no meta.pkl; give --text with the training text") from None
+    stoi = found.get("stoi") if isinstance(found, dict) else None
+    if not isinstance(stoi, dict):
+        raise Unusable(f"{meta}: has no stoi; give --text with the training text")
+    return stoi
+
+
+def opcodes_of(meta: Path) -> Any:
+    """What a pickle of dicts, texts and numbers holds, from its opcodes: nothing of the file is executed."""
     stack: list[Any] = []
     memory: dict[int, Any] = {}
     mark = object()
@@ -212,10 +250,7 @@ def alphabet_of(meta: Path) -> dict[str, int]:
             raise Unusable(
                 f"{meta}: holds {opcode.name}, more than texts and numbers; give --text with the training text"
             )
-    stoi = stack[-1].get("stoi") if stack and isinstance(stack[-1], dict) else None
-    if not isinstance(stoi, dict):
-        raise Unusable(f"{meta}: has no stoi; give --text with the training text")
-    return stoi
+    return stack[-1]
 
 
 def character_tokenizer(alphabet: Mapping[str, int]) -> Tokenizer:
@@ -239,10 +274,12 @@ def convert(source: Path, out: Path, alphabet: Mapping[str, int] | None, tokeniz
     except Exception as error:
         raise Unusable(f"{source}: holds more than tensors, or is broken ({str(error).splitlines()[0]})") from None
     if isinstance(checkpoint, dict) and "model_args" in checkpoint:
-        config, tensors = from_nanogpt(checkpoint)
+        given = Given(checkpoint["model"])
+        config, tensors = from_nanogpt(checkpoint["model_args"], given)
     else:
-        given = plain_names(checkpoint.get("model", checkpoint))
+        given = Given(checkpoint.get("model", checkpoint))
         config, tensors = from_litgpt(flat_yaml(source.parent / "model_config.yaml"), given)
+    given.check()
     if alphabet is not None and len(alphabet) > config["vocab_size"]:
         raise Unusable(f"the alphabet has {len(alphabet)} characters, the model {config['vocab_size']} tokens")
     out.mkdir(parents=True, exist_ok=True)
@@ -277,7 +314,7 @@ def main() -> int:
     except (Unusable, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         print(f"{given.checkpoint}: is no checkpoint of nanoGPT or litGPT ({error!r})", file=sys.stderr)
         return 2
     layers = config.get("n_layer", config.get("num_hidden_layers"))

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cluster_toml import Cluster, Node, Unusable, memories, read
+from cluster_toml import Cluster, Node, Unusable, memories, read, run
 
 
 def nodes_of(document: Any) -> list[Node]:
@@ -32,7 +32,7 @@ def nodes_of(document: Any) -> list[Node]:
     machines: dict[str, str] = {}
     found = []
     for entry in entries:
-        if not isinstance(entry, dict) or not isinstance(entry.get("addr"), str):
+        if not isinstance(entry, dict) or not isinstance(entry.get("addr"), str) or not entry["addr"]:
             raise Unusable("a node has no addr: give each the address of its machine")
         address = entry["addr"]
         name = machines.setdefault(address, f"node-{len(machines)}" if machines else "starter")
@@ -48,15 +48,14 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=5555, help="of the broker")
     parser.add_argument("--memory", action="append", default=[], metavar="NAME=8GiB", help="of a machine; repeatable")
     given = parser.parse_args()
-    try:
+
+    def make() -> Cluster:
         nodes = nodes_of(read(given.nodes))
         memory = memories(given.memory, {node.machine for node in nodes})
         broker = f"tcp://{nodes[0].address}:{given.port}"
-        print(Cluster(nodes, broker, given.model.expanduser().resolve(), memory).text(), end="")
-    except Unusable as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+        return Cluster(nodes, broker, given.model.expanduser().resolve(), memory)
+
+    return run(make, given.nodes)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cluster_toml import Cluster, Node, Unusable, memories, read
+from cluster_toml import Cluster, Node, Unusable, memories, read, run
 
 LOCAL = ("localhost", "127.0.0.1", "")
 FORMS = "is none of tLLM's forms: a list of stages with url, or server and client, or pipeline_parallel_url_list"
@@ -34,7 +34,7 @@ def nodes_of(document: Any) -> list[Node]:
     if isinstance(document, dict) and isinstance(document.get("server"), dict):
         entries = [document["server"], *document.get("client", [])]
         return [_node(str(entry.get("hostname", "")), None, 1) for entry in entries]
-    if isinstance(document, dict) and isinstance(document.get("pipeline_parallel_url_list"), list):
+    if isinstance(document, dict) and document.get("pipeline_parallel_url_list"):
         urls = document["pipeline_parallel_url_list"]
         spans = document.get("layer_start_end_list") or [None] * len(urls)
         if len(spans) != len(urls):
@@ -60,15 +60,14 @@ def main() -> int:
     )
     parser.add_argument("--memory", action="append", default=[], metavar="NAME=8GiB", help="of a machine; repeatable")
     given = parser.parse_args()
-    try:
+
+    def make() -> Cluster:
         nodes = nodes_of(read(given.config))
         memory = memories(given.memory, {node.machine for node in nodes})
         broker = given.broker or f"tcp://{nodes[0].address}:5555"
-        print(Cluster(nodes, broker, given.model.expanduser().resolve(), memory).text(), end="")
-    except Unusable as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+        return Cluster(nodes, broker, given.model.expanduser().resolve(), memory)
+
+    return run(make, given.config)
 
 
 if __name__ == "__main__":

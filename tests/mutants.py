@@ -37,7 +37,9 @@ ALONE = {
     "simulation": (SIMULATION,),
     "fuzz": ("fuzz/test_core_machine.py", "fuzz/test_decode.py"),
 }
-SHELL = {  # what has sockets is seen by tests of its own
+SHELL = {  # what has sockets, or what nothing else depends on, is seen by tests of its own
+    "broker/place.py": ("broker/test_broker_place.py",),
+    "broker/sharing.py": ("broker/test_broker_place.py",),
     "broker/guard.py": ("security/test_security_keys.py",),
     "broker/watch.py": tuple(
         f"security/test_security_endless.py::{name}"

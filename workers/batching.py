@@ -91,7 +91,7 @@ class Batcher:
             if future.done():
                 continue  # its asker gave up
             if isinstance(answer, Exception):
-                future.set_exception(answer)
+                future.set_exception(raisable(answer))
             else:
                 future.set_result(answer)
 
@@ -112,3 +112,8 @@ class Batcher:
         returned = f"{len(answers)} answers" if isinstance(answers, list | tuple) else f"a {type(answers).__name__}"
         text = f"handle_batch got {count} requests and returned {returned}: it must return a list, one answer each"
         return [WorkerFailed(text)] * count
+
+
+def raisable(error: Exception) -> Exception:
+    """As a future takes it, which takes no StopIteration; a coroutine that raises one raises this, too."""
+    return RuntimeError(f"raised StopIteration: {error}") if isinstance(error, StopIteration) else error

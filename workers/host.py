@@ -19,7 +19,7 @@ from ..schema.message import Active, Beat, Bye, Cancel, Credit, Error, Gone, Hel
 from ..schema.message import Final as End
 from ..schema.message import Request as Asked
 from .base import ELSEWHERE, Answer, Request, Worker, answer_parts
-from .batching import Batcher
+from .batching import Batcher, raisable
 
 log = logging.getLogger("ralmq.worker")
 DRAIN: Final = 30.0  # seconds that requests in hand are given to end
@@ -232,7 +232,7 @@ class Host:
             answer = self.worker.handle(job.request)
         except Exception as error:
             failed: asyncio.Future[Answer] = loop.create_future()
-            failed.set_exception(error)
+            failed.set_exception(raisable(error))
             return failed
         if isinstance(answer, asyncio.Future):
             return answer

@@ -9,6 +9,7 @@ from ..errors import Refused
 
 MOST: Final = 4096  # layers
 LARGEST: Final = 1 << 60  # bytes
+BLOCK: Final = 16  # tokens of a KV block
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +62,12 @@ def _sizes(values: Any, name: str) -> tuple[int, ...]:
 
 
 class Load:
-    """What spans of a model hold and read when each layer keeps keys and values of `kv_tokens` tokens."""
+    """What spans of a model hold and read when each layer keeps keys and values of `kv_tokens` tokens, in blocks."""
 
     def __init__(self, model: Model, kv_tokens: int) -> None:
         self.model = model
         self.layers = len(model.layers)
-        self.kv_tokens = kv_tokens
+        self.kv_tokens = -(-kv_tokens // BLOCK) * BLOCK
         self._held = [0, *accumulate(model.layers)]
         self._read = [0, *accumulate(model.reads)]
 
@@ -83,6 +84,10 @@ class Load:
     def cache(self, first: int, last: int) -> int:
         """Bytes of keys and values."""
         return max(0, last - first) * self.model.kv * self.kv_tokens
+
+    def kv_mib(self, first: int, last: int, processes: int = 1) -> int:
+        """The option `kv_mib` of a stage with these layers, tensor parallel over so many processes."""
+        return max(1, -(-self.cache(first, last) // (processes << 20)))
 
     def memory(self, first: int, last: int) -> int:
         """Bytes of both."""

@@ -1,18 +1,16 @@
 """A plan: which device takes which layers, why, how fast it will be; or what does not fit. Knows no file."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from ..errors import Refused
 from .model import Load, Model
 from .sizes import size_text
-from .slots import Slot
+from .slots import Slot, with_speeds
 from .spans import STATES, Span, Task, best_spans, furthest
 
 KV_TOKENS: Final = 4096
-BLOCK: Final = 16  # tokens of a KV block
-UNKNOWN: Final = 1.0  # GB/s that count where no speed is known: all are alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,29 +91,13 @@ def make_plan(
     """
     if not slots:
         raise Refused("a plan needs a worker: name at least one, with its memory")
-    kv_tokens = -(-kv_tokens // BLOCK) * BLOCK
     load = Load(model, kv_tokens)
-    known = [replace(slot, speed=slot.speed or _common(slots)) for slot in slots]
-    task = Task(load, known, 0, load.layers, ordered)
+    task = Task(load, with_speeds(slots), 0, load.layers, ordered)
     spans = best_spans(task, states)
     if spans is None:
         raise Refused(_misfit(task, states))
     shares = tuple(_share(task, spans, place) for place in range(len(spans)))
     return Plan(load, shares, all(slot.speed for slot in slots))
-
-
-def fitting(load: Load, slot: Slot, first: int, last: int) -> int:
-    """The layer up to which one device holds layers from `first` on, at most `last`."""
-    reached = first
-    while reached < last and load.memory(first, reached + 1) <= slot.memory:
-        reached += 1
-    return reached
-
-
-def _common(slots: Sequence[Slot]) -> float:
-    """The speed that a device without one counts with: the mean of the others."""
-    known = [slot.speed for slot in slots if slot.speed]
-    return sum(known) / len(known) if known else UNKNOWN
 
 
 def _slot(slot: Slot) -> dict[str, Any]:

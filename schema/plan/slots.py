@@ -1,13 +1,16 @@
 """Where a stage can run: a device of a worker, with its memory and its speed. Knows how a user writes them."""
 
-import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ..errors import Refused
 from .sizes import read_size
 
+SLOWEST: Final = 1e-6  # GB/s; what is slower, or faster than FASTEST, is no device
+FASTEST: Final = 1e6
+UNKNOWN: Final = 1.0  # GB/s that count where no speed is known: all are alike
 EXAMPLE: Final = "w1=8GiB, w1=8GiB,12.5 or w1=cuda:0:20GiB+cpu:8GiB,900+12"
 _DEVICE: Final = re.compile(r"(?:(cpu|cuda|cuda:\d+|mps|xpu|xpu:\d+):)?([^:]+)")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -72,11 +75,18 @@ def read_speeds(text: str) -> tuple[float, ...]:
     return tuple(_speed(part) for part in text.split("+"))
 
 
+def with_speeds(slots: Sequence[Slot]) -> list[Slot]:
+    """Devices whose speed is not known count with the mean of the others."""
+    known = [slot.speed for slot in slots if slot.speed]
+    common = sum(known) / len(known) if known else UNKNOWN
+    return [replace(slot, speed=slot.speed or common) for slot in slots]
+
+
 def _speed(text: str) -> float:
     try:
         speed = float(text)
     except ValueError:
         speed = 0.0
-    if not 0 < speed < math.inf:
+    if not SLOWEST <= speed <= FASTEST:
         raise Refused(f"{text!r} is no speed: give the GB/s that the device reads weights with, as 12.5")
     return speed

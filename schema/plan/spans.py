@@ -8,7 +8,6 @@ one kind, is exact; the least bound for which all layers are reached is found by
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Final
 
 from .model import Load
@@ -33,19 +32,30 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Layers `first` to `last` - 1 of `load` for `slots`, in their order or in any."""
+    """Layers `first` to `last` - 1 of `load` for `slots`, in their order or in any.
+
+    Attributes:
+        held: layers between those two that others have: no span holds them.
+    """
 
     load: Load
     slots: Sequence[Slot]
     first: int
     last: int
     ordered: bool = False
+    held: frozenset[int] = frozenset()
 
     def seconds(self, slot: Slot, first: int, last: int) -> float:
         """Of one token on these layers."""
         if first >= last:
             return 0.0
         return STEP + LAYER * (last - first) + self.load.read(first, last) / (slot.speed * 1e9)
+
+    def beyond(self, layer: int) -> int:
+        """The first layer from there on that is to be placed."""
+        while layer < self.last and layer in self.held:
+            layer += 1
+        return layer
 
 
 def best_spans(task: Task, states: int = STATES) -> list[Span] | None:
@@ -82,7 +92,7 @@ def _times(task: Task, kinds: Sequence[tuple[int, float]]) -> set[float]:
         slot = Slot("", memory, speed)
         for first in range(task.first, task.last):
             for last in range(first + 1, task.last + 1):
-                if load.memory(first, last) > memory:
+                if last - 1 in task.held or load.memory(first, last) > memory:
                     break
                 found.add(task.seconds(slot, first, last))
     return found
@@ -101,7 +111,7 @@ def _search(task: Task, bound: float, states: int) -> tuple[int, Order]:
         kind = (slot.memory, slot.speed)
         groups.setdefault(kind, []).append(number)
         if kind not in reaches:
-            reaches[kind] = _reach(task, slot, bound)
+            reaches[kind] = [task.beyond(last) for last in _reach(task, slot, bound)]
     if task.ordered:
         place = task.first
         for slot in task.slots:
@@ -124,7 +134,7 @@ def _reach(task: Task, slot: Slot, bound: float) -> Reach:
     found, last = [], task.first
     for first in range(task.first, task.last + 1):
         last = max(first, last)
-        while last < task.last and _feasible(task, slot, first, last + 1, bound):
+        while last < task.last and last not in task.held and _feasible(task, slot, first, last + 1, bound):
             last += 1
         found.append(last)
     return found
@@ -157,25 +167,23 @@ def _reached_by_sets(begin: int, reaches: list[Reach], counts: list[int]) -> tup
 
 
 def _reached_by_many(begin: int, reaches: list[Reach], counts: list[int]) -> tuple[int, list[int]]:
-    """For more sets than can be looked at: every pair of kinds for the two ends, and between them whichever reaches
-    furthest next. Exact where inner layers are alike, since then the order between the ends does not matter."""
+    """For more sets than can be looked at: every pair of kinds for the two ends, and between them those first that
+    reach furthest behind the first end. Exact where inner layers are alike, since then their order does not matter."""
     best: tuple[int, list[int]] = (-1, [])
-    for one, other in product(range(len(counts)), repeat=2):
-        left = counts.copy()
-        left[one] -= 1
-        left[other] -= 1
-        if min(left) < 0:
-            continue
-        kinds, place = [one], reaches[one][0]
-        while any(left):
-            kind = max((k for k in range(len(left)) if left[k]), key=lambda k: reaches[k][place - begin])
-            left[kind] -= 1
-            kinds.append(kind)
-            place = reaches[kind][place - begin]
-        kinds.append(other)
-        place = reaches[other][place - begin]
-        if place > best[0]:
-            best = place, kinds
+    for one in range(len(counts)):
+        start = reaches[one][0]
+        inner = [kind for kind, count in enumerate(counts) for _ in range(count)]
+        inner.remove(one)
+        inner.sort(key=lambda kind: -reaches[kind][start - begin])
+        for other in dict.fromkeys(inner):
+            between = inner.copy()
+            between.remove(other)
+            kinds = [one, *between, other]
+            place = begin
+            for kind in kinds:
+                place = reaches[kind][place - begin]
+            if place > best[0]:
+                best = place, kinds
     return best
 
 
@@ -183,22 +191,24 @@ def _even(task: Task, order: Order, bound: float) -> list[Span]:
     """The spans in this order with the least sum of squared times, none above the bound; dynamic programming."""
     begin, size = task.first, task.last - task.first
     costs = [0.0] + [float("inf")] * size  # by layers covered
-    cuts: list[list[int]] = []
+    cuts: list[list[tuple[int, int]]] = []
     for number in order:
         slot = task.slots[number]
         reach = _reach(task, slot, bound)
-        fresh, cut = costs.copy(), list(range(size + 1))
-        for first, cost in enumerate(costs):
+        fresh, cut = costs.copy(), [(begin + place, begin + place) for place in range(size + 1)]
+        for place, cost in enumerate(costs):
             if cost == float("inf"):
                 continue
-            for last in range(first + 1, reach[first] - begin + 1):
-                squared = cost + task.seconds(slot, begin + first, begin + last) ** 2
-                if squared < fresh[last]:
-                    fresh[last], cut[last] = squared, first
+            first = begin + place
+            for last in range(first + 1, reach[place] + 1):
+                squared, there = cost + task.seconds(slot, first, last) ** 2, task.beyond(last) - begin
+                if squared < fresh[there]:
+                    fresh[there], cut[there] = squared, (first, last)
         costs = fresh
         cuts.append(cut)
-    spans, last = [], size
+    spans, place = [], size
     for number, cut in zip(reversed(order), reversed(cuts), strict=True):
-        spans.append(Span(number, begin + cut[last], begin + last))
-        last = cut[last]
+        first, last = cut[place]
+        spans.append(Span(number, first, last))
+        place = first - begin
     return sorted(spans, key=lambda span: (span.first == span.last, span.first))

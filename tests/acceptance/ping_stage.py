@@ -39,7 +39,7 @@ class Ping(ralmq.Worker):
     async def start(self) -> None:
         if self._straight:
             address = "127.0.0.1" if self._port else ""
-            self._ring = Ring(self.host.url, self.take, lambda why: self.host.link.renew(why), address)
+            self._ring = Ring(self.host.url, self.take, lambda why: self.host.link.renew(why), self._around, address)
             if self._port:
                 self._ring._door.direct = self._ring.direct._replace(near="")
 
@@ -60,7 +60,10 @@ class Ping(ralmq.Worker):
 
     def _send(self, step: Step, flags: int = 0) -> None:
         if self._ring is None or not self._ring.send(step, self.host.link.epoch, flags):
-            self.host.link.send(step, id=self._pipeline, flags=flags)
+            self._around(step, flags)
+
+    def _around(self, step: Step, flags: int) -> None:
+        self.host.link.send(step, id=self._pipeline, flags=flags)
 
     async def handle(self, request: Request) -> Answer:
         """{"bytes", "times"}: the median time there and back in seconds, and how many went straight."""

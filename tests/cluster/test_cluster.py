@@ -261,3 +261,15 @@ def test_what_ends_is_started_again_with_growing_pauses(tmp_path: Path) -> None:
     assert sum("echo was killed by signal 9" in line for line in lines) == 3
     assert lines.count("echo was started again") == 3
     assert sum("Echo has no option speed" in line for line in lines) == 1 and "wrong was started again" not in lines
+
+
+def test_the_name_of_a_process_fits_into_a_hello(tmp_path: Path) -> None:
+    """Model and machine have up to 64 characters each, a worker 128 with its suffix."""
+
+    async def go() -> None:
+        async with Cluster(tmp_path, site="k" * 64) as running:
+            await running.spawn("echo", name="m" * 64 + "-generator")
+            (worker,) = (await running.ready())["workers"]
+            assert worker["name"].startswith("m" * 64 + "-generator@kkk")
+
+    asyncio.run(go())

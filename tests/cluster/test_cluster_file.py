@@ -253,6 +253,10 @@ GOOD = {"name": "a", "worker": "echo", "options": {"name": "e"}, "threads": 1, "
         ({"worker": "stage", "options": {"hooks": "my_package:Hook"}}, "names code"),
         ({"name": "../../etc/passwd"}, "without a name"),
         ({"name": ""}, "without a name"),
+        ({"name": "supervisor"}, "without a name"),
+        ({"name": "broker"}, "without a name"),
+        ({"worker": "stage", "options": {"hooks=my_package:Hook,": "x"}}, "without a name or options"),
+        ({"options": {"": "x"}}, "without a name or options"),
         ({"options": {"delay_ms": 3}}, "without a name or options"),
         ({"options": None}, "without a name or options"),
         ({"threads": 0}, "no number of threads"),
@@ -265,3 +269,72 @@ def test_nothing_but_built_in_workers_comes_over_the_wire(change: dict[str, obje
         task_of({**GOOD, **change})
     with pytest.raises(Refused, match="no map"):
         task_of(["echo"])
+
+
+HALF = '[machines.a]\nmemory = "24MiB"\n[machines.b]\nmemory = "24MiB"\n[models.one]\npath = "demo"\nkv_tokens = 16\n'
+
+
+def test_what_one_model_takes_another_does_not_have(tmp_path: Path) -> None:
+    """Two of 15.4 MiB in 48; a third one does not fit, whatever each of them would do alone."""
+    two = HALF + '[models.two]\npath = "demo"\nkv_tokens = 16\n'
+    for machine, tasks in laid_out(tmp_path, two).machines.items():
+        spans = {task.options["name"]: task.options["layers"] for task in tasks if task.worker == "stage"}
+        assert spans, machine
+    third = two + '[models.three]\npath = "demo"\nkv_tokens = 16\n'
+    assert "three does not fit: 15.3 MiB of weights and 96 KiB of cache" in fault(tmp_path, third)
+
+
+def test_layers_by_hand_take_memory_first(tmp_path: Path) -> None:
+    """They fit or are refused, and the planner has the rest; a stage of several processes is not weighed."""
+    hand = 'path = "demo"\nkv_tokens = 16\nstages = [{ machine = "b", layers = "0:6" }]\n'
+    layout = laid_out(tmp_path, f"{HALF}[models.two]\n{hand}")
+    (planned,) = (task for task in layout.machines["a"] if task.worker == "stage")
+    assert planned.options["layers"] == "0:5", "16.3 MiB of the 24 are taken on b"
+    large = hand.replace("kv_tokens = 16", "kv_tokens = 4096")
+    said = "layers 0:6 with their cache take 39.3 MiB, 24 MiB are left on b: give fewer layers, or more memory"
+    assert said in fault(tmp_path, f"{HALF}[models.two]\n{large}")
+    said = "take 16.3 MiB, 7.74 MiB are left on b"
+    assert said in fault(tmp_path, f"{HALF}[models.two]\n{hand}[models.three]\n{hand}")
+    split = large.replace('"0:6"', '"0:6", options = { tp = 2 }')
+    stage = laid_out(tmp_path, f"{HALF}[models.two]\n{split}").machines["b"][0]
+    assert stage.options["kv_mib"] == "12", "of each of the two"
+
+
+def test_models_that_the_broker_splits_share_what_is_left(tmp_path: Path) -> None:
+    text = '[machines.a]\nmemory = "48MiB"\n[machines.b]\n[models.one]\npath = "demo"\n[models.two]\npath = "demo"\n'
+    tasks = [task for task in laid_out(tmp_path, text).machines["a"] if task.worker == "stage"]
+    assert [task.options["memory"] for task in tasks] == [str(24 << 20)] * 2
+
+
+def test_one_machine_of_which_nothing_is_known_keeps_the_tokens_that_are_asked_for(tmp_path: Path) -> None:
+    (stage, _) = laid_out(tmp_path, '[models.demo]\npath = "demo"\nkv_tokens = 65536\n').machines["local"]
+    assert stage.options["kv_mib"] == "384"
+
+
+def test_a_machine_without_a_model_needs_none(tmp_path: Path) -> None:
+    """It starts its workers from the file; who runs the broker, or a part of a model, looks into every model."""
+    text = '[machines.a]\n[machines.b]\n[machines.c]\n[models.x]\npath = "nowhere"\nmachines = ["a"]\n'
+    text += 'generator = "c"\n[[workers]]\nworker = "echo"\nmachine = "b"\n'
+    source = read_file(written(tmp_path, text))
+    assert [task.name for task in lay_out(source, "b").machines["b"]] == ["echo-0"]
+    for here in ("a", "c", ""):
+        with pytest.raises(Refused, match="no such model directory"):
+            lay_out(source, here)
+    hand = text.replace('machines = ["a"]', 'stages = [{ layers = "0:6" }]')
+    assert lay_out(read_file(written(tmp_path, hand)), "b").machines["b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[machines.a]\nspeed = "900+12"\n[models.m]\npath = "demo"\n', "cluster.toml:1: 2 speeds and no memory"),
+        ('[cluster]\nbroker = "10.0.0.1:5555"\n', "cluster.toml:2: '10.0.0.1:5555' is no address: write tcp://host"),
+        ('[cluster]\nbroker = ""\n', "cluster.toml:2: '' is no address"),
+        ('[cluster]\nbind = "tcp://0.0.0.0"\n', "cluster.toml:2: 'tcp://0.0.0.0' is no address"),
+        ('[[workers]]\nworker = "echo"\nname = "broker"\n', "cluster.toml:1: broker is the name of a process of the"),
+        ('[[workers]]\nworker = "echo"\nname = "supervisor"\n', "supervisor is the name of a process of the cluster"),
+        ('[[workers]]\nworker = "my_package:"\n', "cluster.toml:1: 'my_package:' gives no name: write name = ..."),
+    ],
+)
+def test_more_faults_with_their_lines(tmp_path: Path, text: str, said: str) -> None:
+    assert said in fault(tmp_path, text)

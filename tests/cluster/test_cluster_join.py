@@ -3,13 +3,15 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import eventually, ralmq, runs
+from commands import eventually, ralmq, runs, started
+from ralmq.cluster.site import SOON
 from serving import free_url
 
 FILE = """\
@@ -195,9 +197,52 @@ def test_a_machine_offers_what_it_has_where_there_is_no_file(home: Path) -> None
         (("join", "tcp://127.0.0.1:1", "--memory", "1GiB"), "--model"),
         (("join", "tcp://127.0.0.1:1", "--model", "demo", "--machine", "x"), "without a cluster file"),
         (("join", "tcp://127.0.0.1:1", "--path", "demo"), "MODEL=DIR"),
+        (("join", "tcp://127.0.0.1:1", "--path", "demo=.", "--file", "cluster.toml"), "a file says it as models = {"),
+        (("join", "tcp://127.0.0.1:1", "--path", "demo=.", "--model", "demo"), "a file says it as models = {"),
+        (("join", "127.0.0.1"), "give tcp://host:port"),
         (("join", "tcp://127.0.0.1:1", "--model", "demo", "--memory", "lots"), "no amount of memory"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(home: Path, arguments: tuple[str, ...], said: str) -> None:
     done = ralmq(*arguments, home=home)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+ECHO = '[cluster]\nbroker = "{url}"\n[machines.desk]\n[machines.lap]\n[[workers]]\nworker = "echo"\nmachine = "lap"\n'
+MORE = '[[workers]]\nworker = "echo"\nname = "{name}"\noptions = {{ {option} = 1 }}\n'
+
+
+def test_a_process_that_cannot_start_does_not_stand_in_the_way_of_the_next_try(tmp_path: Path) -> None:
+    """Two are added, of which one is wrong; it is mended, and the other one has gone on meanwhile."""
+    url, file = free_url(), tmp_path / "my cluster.toml"
+    file.write_text(text := ECHO.format(url=url))
+    up = ("up", str(file), "--machine", "desk")
+    with detached(*up, home=tmp_path / "desk") as first:
+        assert names(first) == ["broker"]
+        file.write_text(text + MORE.format(name="good", option="delay_ms") + MORE.format(name="bad", option="delayms"))
+        done = ralmq(*up, home=tmp_path / "desk")
+        assert done.returncode == 2 and "Echo has no option delayms" in done.stderr, done.stderr
+        good = record_of(tmp_path / "desk")["processes"][1]
+        assert good["name"] == "good" and runs(good["pid"])
+        file.write_text(text + MORE.format(name="good", option="delay_ms") + MORE.format(name="bad", option="delay_ms"))
+        done = ralmq(*up, home=tmp_path / "desk")
+        assert done.returncode == 0 and done.stdout == "added bad\n", done.stderr
+        now = record_of(tmp_path / "desk")["processes"]
+        assert now[1] == good and now[2]["name"] == "bad" and runs(now[2]["pid"])
+        done = ralmq(*up, home=tmp_path / "desk")
+        assert done.returncode == 0 and "nothing is new" in done.stdout
+
+
+def test_who_joins_before_the_cluster_is_up_waits_for_it(tmp_path: Path) -> None:
+    """Longer than a broker that is there is given to be told its file."""
+    url, file, lap = free_url(), tmp_path / "cluster.toml", tmp_path / "lap"
+    file.write_text(ECHO.format(url=url))
+    lap.mkdir()
+    with started("join", url, "--machine", "lap", home=lap) as joining:
+        time.sleep(SOON + 1)
+        assert joining.poll() is None
+        with detached("up", str(file), "--machine", "desk", home=tmp_path / "desk"):
+            eventually(lambda: "ready at" in (lap / "out").read_text() or joining.poll() is not None)
+            assert names(record_of(lap)) == ["echo-0"], (lap / "out").read_text()
+            os.kill(joining.pid, signal.SIGINT)
+            assert joining.wait(60) == 0

@@ -1,5 +1,6 @@
 """Doors and lanes: order, large frames, who is let in, and what is told when the other side is gone."""
 
+import asyncio
 import os
 import re
 import signal
@@ -15,10 +16,11 @@ import pytest
 import zmq
 from ralmq.schema.errors import Refused
 from ralmq.schema.message import Direct
-from ralmq.workers.direct.address import here, is_local, towards
+from ralmq.workers.direct.address import here, is_local, known, towards
 from ralmq.workers.direct.door import Door
 from ralmq.workers.direct.lane import Lane
-from ralmq.workers.direct.memory import LEAST, SLOTS
+from ralmq.workers.direct.memory import LEAST, SLOTS, Slots
+from relay import Relay
 from serving import until
 
 LARGE = np.arange(LEAST, dtype=np.int32).view(np.uint8)
@@ -52,8 +54,13 @@ async def opened(**options: Any) -> AsyncIterator[Here]:
 
 @pytest.mark.parametrize(
     ("options", "changes"),
-    [({}, {}), ({"far": "127.0.0.1"}, ELSEWHERE), ({"far": "127.0.0.1", "secure": False}, ELSEWHERE)],
-    ids=["near", "curve", "tcp"],
+    [
+        ({}, {}),
+        ({"far": "127.0.0.1"}, ELSEWHERE),
+        ({"far": "127.0.0.1", "secure": False}, ELSEWHERE),
+        ({"far": "[::1]"}, ELSEWHERE),
+    ],
+    ids=["near", "curve", "tcp", "ipv6"],
 )
 async def test_messages_keep_their_order_and_their_bytes(options: dict[str, Any], changes: dict[str, str]) -> None:
     async with opened(**options) as here:
@@ -95,9 +102,36 @@ async def test_noise_at_the_door_harms_nobody() -> None:
             stranger.send_multipart([b"\xff", b"x"])
             stranger.send_multipart([b""])
             stranger.send_multipart([b"\xff" * 40] * 70)
-            await until(lambda: here.door.refused == 2)
+            await until(lambda: here.door.refused == 3)
+            assert not here.came, "behind a message that cannot be read there is a gap"
             here.lane().send([b"sound"])
             await until(lambda: here.came[-1:] == [[b"sound"]])
+
+
+async def test_memory_is_read_for_this_host_alone() -> None:
+    """Who reaches the port names no memory of this machine."""
+    async with opened(far="127.0.0.1", secure=False) as here:
+        slots = Slots()
+        with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+            stranger.setsockopt(zmq.LINGER, 0)
+            stranger.connect(here.door.direct.far)
+            stranger.send_multipart(slots.placed([b"head", LARGE.data]))
+            await until(lambda: here.door.refused or here.came)
+            assert here.door.refused == 1 and not here.came
+        slots.close()
+
+
+async def test_nothing_follows_where_something_was_lost() -> None:
+    """Not even where the other side could be reached again: it would compute with a gap."""
+    async with opened(far="127.0.0.1") as here, Relay(here.door.direct.far) as relay:
+        lane = here.lane(**ELSEWHERE, far=relay.url)
+        lane.send([b"first"])
+        await until(lambda: here.came)
+        relay.cut()
+        for _ in range(50):
+            lane.send([b"later"])
+            await asyncio.sleep(0.01)
+        assert here.cuts and here.came == [[b"first"]] and relay.connections == 1
 
 
 async def test_a_door_that_closes_is_told() -> None:
@@ -115,6 +149,13 @@ async def test_nobody_can_be_reached_where_no_address_leads() -> None:
         Lane(Direct("another", "", "ipc://@x", ""), print)
     with pytest.raises(Refused, match=re.escape("-o address=IP")):
         Door(print, far="192.0.2.1")  # an address that is nobody's
+
+
+def test_addresses_that_users_give() -> None:
+    assert [known(given) for given in ("10.0.0.1", "eth0", "::1", "[::1]")] == ["10.0.0.1", "eth0", "[::1]", "[::1]"]
+    for everywhere in ("0.0.0.0", "*", "::", "[::]"):
+        with pytest.raises(Refused, match="by which the others reach it"):
+            known(everywhere)
 
 
 def test_where_this_machine_is() -> None:

@@ -4,6 +4,8 @@ import fcntl
 import gc
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,13 @@ def test_what_was_read_stays_when_the_sender_closes() -> None:
     found = pair.over(LARGE.data)
     pair.slots.close()
     assert bytes(found[1]) == LARGE.tobytes()
+
+
+def test_a_process_that_follows_under_the_same_number_is_another_one() -> None:
+    """What the reader has mapped of the one that is gone is not taken for what this one has sent."""
+    script = "from ralmq.workers.direct.memory import _serials; print(next(_serials))"
+    found = [subprocess.check_output([sys.executable, "-c", script]) for _ in range(2)]
+    assert found[0] != found[1]
 
 
 def _envelope(*entries: tuple[int, int, int, int], count: int = -1) -> bytes:

@@ -60,6 +60,15 @@ def test_a_middle_span_takes_hidden_states(tmp_path: Path) -> None:
         close(padded.forward(rows, x), plain.forward(rows, x))
 
 
+def test_hidden_states_may_come_in_another_dtype_than_before(tmp_path: Path) -> None:
+    """A neighbour that sends fewer bytes makes way for one that sends all of them."""
+    path = tiny("llama", tmp_path)
+    plain, padded = (Span.load(path, 1, 3, blocks=8, graphs=graphs) for graphs in (False, True))
+    rows, x = [Row(0, 1, [0])], torch.randn(1, 64) * 1e5  # beyond float16
+    padded.forward(rows, torch.ones(1, 64, dtype=torch.float16))
+    close(padded.forward(rows, x), plain.forward(rows, x))
+
+
 class Counting:
     """Records as a device would: what is recorded reads and writes the tensors that it was recorded with."""
 

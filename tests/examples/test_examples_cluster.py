@@ -138,3 +138,37 @@ def test_what_is_no_such_file_is_told_in_one_line(
 ) -> None:
     done = made(tmp_path, script, document, "--model", model, *arguments)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_folder_may_be_called_anything(tmp_path: Path) -> None:
+    odd = tiny("gpt2", tmp_path / "-my modèl 😀", layers=6)
+    done = made(tmp_path, "mdi_nodes_to_cluster.py", {"nodes": {"starter": node("10.0.0.1")}}, "--model", odd)
+    assert stages(tmp_path, done.stdout) == [("starter", "0:6", {})]
+    assert list(read_file(tmp_path / "cluster.toml").file.models) == ["my-mod-l"]
+
+
+def test_memory_is_that_of_the_node_s_own_device(tmp_path: Path, model: Path) -> None:
+    document = {"nodes": {"starter": node("10.0.0.1", device="cuda"), "secondary": [node("10.0.0.2")]}}
+    memory = ("--memory", "starter=1GiB", "--memory", "node-1=1GiB")
+    done = made(tmp_path, "mdi_nodes_to_cluster.py", document, "--model", model, *memory)
+    assert 'memory = "cuda:0:1GiB"' in done.stdout and 'memory = "1GiB"' in done.stdout
+    document["nodes"]["secondary"] = [node("10.0.0.1")]
+    done = made(tmp_path, "mdi_nodes_to_cluster.py", document, "--model", model, "--memory", "starter=1GiB")
+    assert done.returncode == 2 and "give starter=cpu:8GiB+cuda:0:8GiB" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "document"),
+    [
+        ("mdi_nodes_to_cluster.py", {"nodes": {"starter": {"addr": "a"}, "secondary": None}}),
+        ("mdi_nodes_to_cluster.py", {"nodes": {"starter": {"addr": ""}}}),
+        ("tllm_config_to_cluster.py", [{"pp_rank": "x", "url": "a:1"}]),
+        ("tllm_config_to_cluster.py", [{"url": "a:1", "layer_idx": ["a", "b"]}]),
+        ("tllm_config_to_cluster.py", {"server": {"hostname": "a"}, "client": [1]}),
+        ("tllm_config_to_cluster.py", {"pipeline_parallel_url_list": []}),
+        ("tllm_config_to_cluster.py", {"pipeline_parallel_url_list": ["a:1"], "layer_start_end_list": 5}),
+    ],
+)
+def test_a_value_of_another_form_is_told_in_one_line(tmp_path: Path, model: Path, script: str, document: Any) -> None:
+    done = made(tmp_path, script, document, "--model", model)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

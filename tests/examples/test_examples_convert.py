@@ -161,6 +161,12 @@ def test_a_litgpt_checkpoint_keeps_its_logits(tmp_path: Path, interleaved: bool)
     done = run("convert_nanogpt.py", folder / "lit_model.pth", "--out", tmp_path / "out")
     assert done.returncode == 0 and "2 layers, 17 tokens" in done.stdout, done.stderr
     assert torch.allclose(ours(tmp_path / "out"), logits, atol=1e-5)
+    tensors = as_litgpt(model.state_dict(), interleaved)
+    for part in ("attn", "qkv"):  # as Qwen2 has them
+        torch.save({**tensors, f"transformer.h.0.attn.{part}.bias": torch.ones(64)}, folder / "lit_model.pth")
+        done = run("convert_nanogpt.py", folder / "lit_model.pth", "--out", tmp_path / "wrong")
+        assert done.returncode == 2 and f"attn.{part}.bias, which has no place" in done.stderr
+    assert not (tmp_path / "wrong").exists()
     (folder / "model_config.yaml").write_text("\n".join(lines).replace("LLaMAMLP", "GptNeoxMLP"))
     done = run("convert_nanogpt.py", folder / "lit_model.pth", "--out", tmp_path / "out")
     assert done.returncode == 2 and "mlp_class_name = GptNeoxMLP" in done.stderr
@@ -209,3 +215,25 @@ def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path: Path, arguments: tu
     first, *rest = (str(tmp_path / a) if not a.startswith("-") else a for a in arguments)
     done = run("convert_nanogpt.py", first, *rest, "--out", tmp_path / "out")
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_what_an_older_nanogpt_keeps_beside_its_weights_is_no_fault(tmp_path: Path) -> None:
+    """The mask; but a head of its own is another model."""
+    logits = nanogpt(tmp_path / "ckpt.pt", bias=True)
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    checkpoint["model"]["transformer.h.0.attn.bias"] = torch.ones(1, 1, CONTEXT, CONTEXT)
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    done = run("convert_nanogpt.py", tmp_path / "ckpt.pt", "--out", tmp_path / "out")
+    assert done.returncode == 0 and torch.allclose(ours(tmp_path / "out"), logits, atol=1e-5)
+    checkpoint["model"]["lm_head.weight"] = torch.ones(VOCAB, WIDTH)
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    done = run("convert_nanogpt.py", tmp_path / "ckpt.pt", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "the head is not the embedding" in done.stderr
+
+
+@pytest.mark.parametrize("broken", [b"", b"\x80\x02.", b"\x80\x02}u.", b"no pickle", b"\x80\x02]."])
+def test_a_broken_alphabet_is_told_in_one_line(tmp_path: Path, broken: bytes) -> None:
+    nanogpt(tmp_path / "ckpt.pt", bias=True)
+    (tmp_path / "meta.pkl").write_bytes(broken)
+    done = run("convert_nanogpt.py", tmp_path / "ckpt.pt", "--out", tmp_path / "out", "--meta", tmp_path / "meta.pkl")
+    assert done.returncode == 2 and "--text with the training text" in done.stderr and done.stderr.count("\n") == 1

@@ -180,6 +180,18 @@ async def test_processes_end_together(model: Path, tmp_path: Path, victim: str) 
     assert set(Path(tempfile.gettempdir()).glob("ralmq-ranks-*")) <= folders
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_nothing_is_left_of_a_stage_that_is_killed_while_it_loads(model: Path, tmp_path: Path) -> None:
+    folders = set(Path(tempfile.gettempdir()).glob("ralmq-ranks-*"))
+    options = {"model": str(model), "stage": "0/1", "name": MODEL, "tp": 2}
+    with worker(tmp_path, free_url(), "stage", **options) as stage:
+        await until(lambda: children(stage.pid), "a rank")
+        ids = children(stage.pid)
+        stage.send(signal.SIGKILL)
+        await until(lambda: not any(map(runs, ids)), "the end of the rank")
+    assert set(Path(tempfile.gettempdir()).glob("ralmq-ranks-*")) <= folders
+
+
 async def steps(running: Cluster) -> bool:
     return any(gauges.get("steps", 0) > 2 for gauges in await running.gauges())
 
@@ -212,6 +224,28 @@ async def test_encoder_decoders_and_foreign_layers_are_refused(tmp_path: Path) -
         place = place_of(str(tmp_path / name), "0/1", "", MODEL)
         with pytest.raises(Refused, match=f"tp is of .*{said}.*; leave it out"):
             load(place, "cpu", "fp32", 4, 4, tp=2)
+
+
+NOISE = """
+import os, threading, time
+def talk():
+    while not any(thread.name == "parent" for thread in threading.enumerate()):
+        time.sleep(0.001)
+    while True:
+        os.write(1, b"a library that prints\\n" * 4000)
+threading.Thread(target=talk, daemon=True).start()
+"""
+
+
+async def test_what_a_library_prints_comes_between_no_ranks(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NCCL does with NCCL_DEBUG: a stage reads its ranks' words, and after that nothing of them."""
+    (tmp_path / "sitecustomize.py").write_text(NOISE.replace("while True", "for _ in range(4)"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    place = place_of(str(model), "0/1", "", MODEL)
+    loaded = await asyncio.to_thread(load, place, "cpu", "fp32", 1, 4, tp=2)
+    await asyncio.to_thread(loaded.close)
 
 
 async def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:

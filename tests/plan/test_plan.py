@@ -7,7 +7,7 @@ import pytest
 from ralmq.cli.main import app
 from ralmq.errors import Refused
 from ralmq.schema.plan.model import Load, Model, model_of
-from ralmq.schema.plan.plan import Plan, fitting, make_plan
+from ralmq.schema.plan.plan import Plan, make_plan
 from ralmq.schema.plan.sizes import read_size, size_text
 from ralmq.schema.plan.slots import Slot, devices_of, read_slots
 from typer.testing import CliRunner
@@ -77,20 +77,25 @@ def test_a_worker_that_would_only_slow_the_others_down_is_left_out() -> None:
     assert why(split("fast=20GB,50", "small=2GB,50", ordered=True), "small") == "no split with it is faster"
 
 
-def test_the_rest_is_spread_evenly_or_would_be_the_slowest() -> None:
-    plan = split("a=20GB,10", "b=20GB,10", "slow=20GB,3")
-    assert {share.why for share in plan.used} <= {
+def test_the_rest_is_spread_evenly() -> None:
+    """One layer is as heavy as eight others: who has the others could have more of them, and has half."""
+    sizes = (GB, GB, GB, GB, 8 * GB)
+    slots = [Slot(name, 99 * GB, 10.0) for name in "abc"]
+    plan = make_plan(Model("l", sizes, sizes, 0, 0, 0), slots, ordered=True)
+    assert [share.last - share.first for share in plan.used] == [2, 2, 1]
+    assert [share.why for share in plan.used] == [
+        *["the rest, spread evenly"] * 2,
         "the slowest stage: it sets the pace",
-        "one layer more would make it the slowest",
-        "the rest, spread evenly",
-    }
-    lean = Model("l", (GB,) * 4, (1, 1, 1, GB), 0, 0, 0)
-    told = make_plan(lean, [Slot("a", 9 * GB, 1.0), Slot("b", 9 * GB, 1.0)])
-    assert "one layer more would make it the slowest" in {share.why for share in told.used} | {
-        why(plan, "a"),
-        why(plan, "b"),
-        why(plan, "slow"),
-    }
+    ]
+
+
+def test_one_layer_more_would_make_it_the_slowest() -> None:
+    sizes = (GB,) * 3
+    plan = make_plan(Model("l", sizes, sizes, 0, 0, 0), [Slot(name, 99 * GB, 10.0) for name in "ab"])
+    assert sorted((share.last - share.first, share.why) for share in plan.used) == [
+        (1, "one layer more would make it the slowest"),
+        (2, "the slowest stage: it sets the pace"),
+    ]
 
 
 def test_without_speeds_all_are_alike_and_nothing_is_predicted() -> None:
@@ -133,16 +138,16 @@ def test_a_plan_needs_somebody() -> None:
         make_plan(MODEL, [])
 
 
-def test_how_far_one_device_reaches() -> None:
-    load = Load(MODEL, 16)
-    assert [fitting(load, Slot("a", size * GB), 0, 8) for size in (2, 4, 13)] == [0, 1, 8]
-    assert fitting(load, Slot("a", 4 * GB), 5, 8) == 7, "the last layer comes with the head"
+def test_the_cache_of_a_stage_in_mib() -> None:
+    load = Load(Model("m", (1, 1), (1, 1), kv=1 << 16, first=0, last=0), 17)
+    assert (load.kv_mib(0, 1), load.kv_mib(0, 2), load.kv_mib(0, 2, 3)) == (2, 4, 2)
+    assert Load(load.model, 1).kv_mib(0, 1) == 1
 
 
 def test_sizes_as_people_write_them() -> None:
     for text, size in (("8GiB", 8 * GIB), ("1.5 MiB", 3 << 19), ("20GB", 20 * GB), ("7", 7), ("512kib", 512 << 10)):
         assert read_size(text) == size
-    for wrong in ("", "GiB", "-1GiB", "8 gigs", "0", "1e9"):
+    for wrong in ("", "GiB", "-1GiB", "8 gigs", "0", "1e9", "9" * 400, "2000000TiB", "0.5", "0.0001KiB"):
         with pytest.raises(Refused, match="no amount of memory"):
             read_size(wrong)
     shown = [size_text(size) for size in (0, 1023, 1024, 5 * GIB, -(3 << 19), 1005 << 20, 5000 << 40)]
@@ -172,6 +177,8 @@ def test_devices_as_people_write_them() -> None:
         ("w=8GiB,fast", "no speed"),
         ("w=8GiB,-1", "no speed"),
         ("w=8GiB,inf", "no speed"),
+        ("w=8GiB,1e-320", "no speed"),
+        ("w=8GiB,1e7", "no speed"),
         ("w=8GiB,1+2", "2 speeds for 1 devices"),
     ],
 )

@@ -2,10 +2,18 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import tiny
+from ralmq.broker.records import Peer
+from ralmq.broker.server import Server
+from ralmq.client.client import connect
 from ralmq.errors import Refused
+from ralmq.schema.frame import Prefix
+from ralmq.schema.keys import PLACE
+from ralmq.workers.host import Host
+from ralmq.workers.stage import placing
 from ralmq.workers.stage.worker import Stage
 from serving import until
 from stage.pipelines import MODEL, Cluster, cluster, generated, stages
@@ -79,6 +87,53 @@ def test_speed_is_measured_where_none_is_given_and_the_cache_holds_what_was_aske
     asyncio.run(go())
 
 
+def test_a_broker_that_goes_away_meanwhile_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than a question has; the next broker knows nobody, and is asked."""
+    monkeypatch.setattr(placing, "DEADLINE", 0.2)
+
+    async def go() -> None:
+        async with Server("tcp://127.0.0.1:*") as server:
+            url = server.endpoint
+            first = asyncio.create_task(Host(early := auto(path, stage="auto/2"), url).open())
+
+            async def asks() -> bool:
+                return any(peer.name.startswith("stage") for peer in server.core.roster.peers.values())
+
+            await until(asks, "the stage's question")
+        await asyncio.sleep(1.0)
+        assert not first.done()
+        async with Server(url), connect(url) as client:
+            late = Host(auto(path, stage="auto/2"), url)
+            await asyncio.gather(first, late.open())
+            layers = [worker["layers"] for worker in (await client.status())["workers"] if "layers" in worker]
+            assert sorted(layers)[0][1] == sorted(layers)[1][0]
+            await late.close()
+            await early.host.close()
+
+    asyncio.run(go())
+
+
+def test_a_stage_asks_a_last_time_before_it_is_announced_over_another_connection(path: Path) -> None:
+    """However short it loaded: its lease reaches beyond the end of the connection on which it asked."""
+
+    async def go() -> None:
+        async with Server("tcp://127.0.0.1:*") as server:
+            held: list[object] = []
+            answer = server.core.requests.builtins[PLACE]
+
+            def seen(now: float, asker: Peer, prefix: Prefix, body: dict[str, Any]) -> dict[str, Any] | None:
+                held.append(body.get("held"))
+                return answer(now, asker, prefix, body)
+
+            server.core.requests.builtins[PLACE] = seen
+            host = Host(auto(path, stage="auto/1"), server.endpoint)
+            await host.open()
+            await host.close()
+            assert held[-1] == [0, 6] and held[0] is None
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -104,3 +159,14 @@ def test_a_device_that_is_not_there_is_refused(path: Path) -> None:
 
     with pytest.raises(Refused, match="device=cuda:77 cannot be used"):
         asyncio.run(go())
+
+
+def test_a_container_has_no_more_memory_than_it_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = placing._free("cpu")
+    monkeypatch.setattr(placing, "CGROUP", tmp_path)
+    assert placing._free("cpu") > 1 << 21 < free, "no group"
+    (tmp_path / "memory.current").write_text("1048576\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert placing._free("cpu") > 1 << 21
+    (tmp_path / "memory.max").write_text("3145728\n")
+    assert placing._free("cpu") == 1 << 21

@@ -1,15 +1,23 @@
 """Pipelines whose stages send straight to each other: the same tokens, and the same recovery."""
 
 import asyncio
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from ralmq.errors import Refused, WorkerLost
-from ralmq.schema.message import Beat
+from ralmq.schema.codec import encode
+from ralmq.schema.errors import Malformed
+from ralmq.schema.message import Beat, Step
+from ralmq.workers.direct import memory
+from ralmq.workers.host import Host
+from ralmq.workers.stage import ring as ring_module
 from ralmq.workers.stage.narrow import BLOCK, narrowed, widened
+from ralmq.workers.stage.ring import AHEAD
 from ralmq.workers.stage.worker import Stage
+from relay import Relay
 from serving import until
 from stage.pipelines import MODEL, Cluster, cluster, generated, prompts, stages
 
@@ -43,7 +51,9 @@ def test_the_tokens_are_those_of_the_hub(count: int, checkpoint: Callable[[str],
             wanted = await texts(hub)
             assert await texts(ring) == wanted
             await ring.settled()
-            assert [bool(number) for number in (*steps(hub), *steps(ring))] == [count > 1, False, False, count > 1]
+            around, straight = steps(ring)
+            assert [bool(number) for number in (*steps(hub), straight)] == [count > 1, False, count > 1]
+            assert around <= len(PROMPTS) and (count == 1) == (around == 0), "ends of sequences alone"
 
     asyncio.run(main())
 
@@ -102,6 +112,137 @@ def test_a_cut_between_two_stages_ends_their_pipeline(checkpoint: Callable[[str]
     asyncio.run(main())
 
 
+def elsewhere(stage: Stage, far: str) -> None:
+    """Says that it is on another host, where nobody listens at that address."""
+    start = stage.start
+
+    async def started() -> None:
+        await start()
+        assert stage._ring is not None
+        door = stage._ring._door
+        door.direct = door.direct._replace(host="another", far=far)
+
+    stage.start = started  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("answers", [False, True], ids=["nobody there", "a handshake that fails"])
+def test_a_neighbour_that_cannot_be_reached_gets_its_steps_through_the_broker(
+    answers: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were sent before this was known, too, each once and in order."""
+    monkeypatch.setattr(ring_module, "MEET", 60.0 if answers else 0.5)
+
+    async def main() -> None:
+        path = checkpoint(FAMILY)
+        members = stages(path, 3, **RING)
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            if answers:
+                taken.listen()
+                taken.setblocking(False)
+
+                async def hang_up() -> None:
+                    while True:
+                        (await asyncio.get_running_loop().sock_accept(taken))[0].close()
+
+                closing = asyncio.create_task(hang_up())
+            elsewhere(members[1], f"tcp://127.0.0.1:{taken.getsockname()[1]}")
+            async with cluster(*stages(path, 3)) as hub, cluster(*members) as running:
+                assert await texts(running) == await texts(hub)
+                await until(lambda: members[0]._ring._lane is None)  # type: ignore[union-attr]
+                assert members[1]._ring._lane is not None, "where it can be reached, it is"  # type: ignore[union-attr]
+                await running.settled()
+            if answers:
+                closing.cancel()
+
+    asyncio.run(main())
+
+
+def test_the_end_of_a_text_may_take_long_to_the_broker(checkpoint: Callable[[str], Path]) -> None:
+    """The leader has the rows sooner, since they come straight; the text is not taken for lost."""
+
+    async def main() -> None:
+        members = stages(checkpoint(FAMILY), 2, **RING)
+        async with cluster(members[0]) as running, Relay(running.url) as relay:
+            last = Host(members[1], relay.url)
+            await last.open()
+            running.hosts.append(last)
+            assert len((await generated(running.client, PROMPTS[0], max_tokens=4)).tokens) == 4
+            done = members[1]._runner.steps + 40
+            asked = asyncio.ensure_future(generated(running.client, PROMPTS[0], max_tokens=40))
+            await until(lambda: members[1]._runner.steps >= done - 30)
+            relay.stop()
+            await until(lambda: members[1]._runner.steps >= done)
+            await asyncio.sleep(1)
+            relay.go_on()
+            assert len((await asked).tokens) == 40
+            await running.settled()
+
+    asyncio.run(main())
+
+
+def test_memory_that_cannot_be_read_is_not_used_again(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt that was lost with it is not waited for, and the next one goes another way."""
+
+    def refused(process: int, descriptor: int) -> None:
+        raise Malformed("shared memory cannot be opened: permission denied")
+
+    monkeypatch.setattr(memory, "_mapped", refused)
+    monkeypatch.setattr(memory, "LEAST", 1024)
+
+    async def main() -> None:
+        async with cluster(*stages(checkpoint(FAMILY), 2, **RING)) as running:
+            prompt = [1] * 40
+            with pytest.raises(WorkerLost):
+                await generated(running.client, prompt, deadline=10, max_tokens=4)
+            assert len((await generated(running.client, prompt, deadline=10, max_tokens=4)).tokens) == 4
+
+    asyncio.run(main())
+
+
+def test_a_step_that_cannot_be_read_ends_the_pipeline(checkpoint: Callable[[str], Path]) -> None:
+    """As it does where it comes through the broker; what belongs to no pipeline is passed over."""
+
+    async def main() -> None:
+        members = stages(checkpoint(FAMILY), 2, **RING)
+        async with cluster(*members) as running:
+            wanted = await texts(running)
+            ring, before = members[1]._ring, members[1]._pipeline
+            assert ring is not None
+            ring._arrived([memoryview(b"noise")])
+            for id in (bytes(16), before):
+                head = bytearray(encode(Step(batch=1), id=id)[0])
+                head[-1] ^= 0xFF
+                assert members[1]._pipeline == before
+                ring._arrived([memoryview(bytes(head))])
+            await until(lambda: members[1]._pipeline not in (before, bytes(16)))
+            assert await texts(running) == wanted
+
+    asyncio.run(main())
+
+
+def test_late_and_early_steps_do_not_pile_up(checkpoint: Callable[[str], Path]) -> None:
+    async def main() -> None:
+        members = stages(checkpoint(FAMILY), 2, **RING)
+        async with cluster(*members) as running:
+            await texts(running)
+            ring, past = members[1]._ring, members[1]._pipeline
+            assert ring is not None
+            members[0].host.link.renew("a test")
+            await until(lambda: members[1]._pipeline not in (past, bytes(16)))
+            late = [bytes(frame) for frame in encode(Step(batch=1), id=past)]
+            unknown = [bytes(frame) for frame in encode(Step(batch=1), id=b"u" * 16)]
+            for _ in range(2 * AHEAD):
+                ring._arrived([memoryview(frame) for frame in late])
+                ring._arrived([memoryview(frame) for frame in unknown])
+            assert {key: len(kept) for key, kept in ring._early.items()} == {b"u" * 16: AHEAD}
+            assert not ring._door._views._mapped
+
+    asyncio.run(main())
+
+
 def test_a_step_that_comes_before_its_form_is_kept(checkpoint: Callable[[str], Path]) -> None:
     async def main() -> None:
         members = stages(checkpoint(FAMILY), 2, **RING)
@@ -150,11 +291,15 @@ def test_what_is_narrowed_is_near_what_it_was(width: int) -> None:
     half = narrowed(hidden[:3], "fp16")
     assert torch.equal(widened(half, width), hidden[:3].half())
     assert narrowed(torch.full((1, 1), 1e9), "fp16").isfinite().all()
+    for wire in ("fp16", "int8"):
+        for broken in (float("inf"), -float("inf"), float("nan")):
+            found = widened(narrowed(torch.full((1, width), broken), wire), width)
+            assert not found.isfinite().any(), "or a damaged row would go on as if it were none"
     with pytest.raises(ValueError, match="int8"):
         widened(whole[:, 1:], width)
 
 
 def test_what_is_no_data_plane_or_wire() -> None:
-    for option in ({"data_plane": "star"}, {"wire": "fp8"}):
+    for option in ({"data_plane": "star"}, {"wire": "fp8"}, {"address": "0.0.0.0", **RING}):
         with pytest.raises(Refused, match="give"):
             Stage(model="demo", stage="0/1", name=MODEL, **option)

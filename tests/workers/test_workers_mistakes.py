@@ -41,6 +41,33 @@ class Talkative(ralmq.Worker):
         return {"beats": self.beats}
 
 
+class Exhausted(ralmq.Worker):
+    """Asks an iterator for more than it has, where no coroutine makes another error of that."""
+
+    service = "exhausted"
+
+    def handle(self, request: ralmq.Request) -> Any:
+        return next(iter([]))
+
+
+class Exhausting(ralmq.Worker):
+    service = "exhausting"
+    max_batch = 4
+
+    async def handle_batch(self, requests: list[ralmq.Request]) -> list[Any]:
+        return [StopIteration("no more") for _ in requests]
+
+
+@pytest.mark.parametrize("kind", [Exhausted, Exhausting])
+async def test_an_iterator_that_has_no_more_is_told_to_the_asker(kind: type[ralmq.Worker]) -> None:
+    """A future takes no StopIteration."""
+    async with cluster(kind()) as here:
+        client = await here.client()
+        for _ in range(2):
+            with pytest.raises(errors.WorkerFailed, match="StopIteration"):
+                await client.request(kind.service, {}, deadline=20)
+
+
 async def test_a_class_without_a_service_is_refused() -> None:
     with pytest.raises(errors.Refused, match="Nameless serves nothing: give the class"):
         await Host(Nameless(), "tcp://127.0.0.1:1").open(0.1)

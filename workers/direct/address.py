@@ -28,6 +28,17 @@ def is_local(url: str) -> bool:
     return not url.startswith("tcp://") or host in ("localhost", "::1") or host.startswith("127.")
 
 
+def known(address: str) -> str:
+    """An address that a user gave, as it stands in a url.
+
+    Raises:
+        Refused: one that stands for all of a machine's addresses, by which nobody can reach it.
+    """
+    if address.strip("[]") in ("*", "0.0.0.0", "::"):
+        raise Refused(f"address={address} is every address of this machine: give the one by which the others reach it")
+    return f"[{address}]" if ":" in address and not address.startswith("[") else address
+
+
 def towards(url: str) -> str:
     """This machine's own address on the interface that leads to tcp://host:port.
 

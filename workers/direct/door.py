@@ -15,7 +15,7 @@ from ...schema.errors import Malformed, Refused
 from ...schema.limits import MAX_FRAMES, MAX_MESSAGE
 from ...schema.message import Direct
 from .address import here
-from .memory import MARK, Views
+from .memory import MARK, UNREAD, Views
 
 BATCH: Final = 64  # messages a pass, so that timers and other tasks get their turn
 LAST: Final = int(zmq.NOBLOCK)
@@ -56,7 +56,7 @@ class Door:
         self._sockets: list[zmq.Socket[bytes]] = []
         self._pumps: dict[zmq.Socket[bytes], Callable[[], None]] = {}
         self._again: set[zmq.Socket[bytes]] = set()  # for which a pass is to come
-        self._from: dict[bytes, zmq.Socket[bytes]] = {}  # who has sent what lies in shared memory
+        self._gaps: set[bytes] = set()  # of whom a message could not be read: nothing that follows it counts
         self.refused = 0  # messages that were none
         near, key, url = f"ipc://@ralmq-{os.urandom(16).hex()}", "", ""
         try:
@@ -72,6 +72,10 @@ class Door:
             self.close()
             raise Refused(f"cannot take messages at {far} ({error.strerror}): give -o address=IP of its own") from None
         self.direct = Direct(here(), key, near, url)
+
+    def forget(self) -> None:
+        """The memory of other processes is kept no longer than it is used: they send no more."""
+        self._views.forget()
 
     def close(self) -> None:
         self._closed = True
@@ -131,12 +135,20 @@ class Door:
                 self._soon(socket)
 
     def _arrived(self, socket: "zmq.Socket[bytes]", sender: bytes, frames: list[Any]) -> None:
+        if sender in self._gaps:
+            self.refused += 1
+            return
         if len(frames[0]) and frames[0][0] == MARK:
-            self._from[sender] = socket
+            near = socket is self._sockets[0]  # else from another host, or who else reaches the port
             try:
+                if not near:
+                    raise Malformed("memory of another host")
                 frames = self._views.whole(sender, frames)
             except Malformed:
                 self.refused += 1
+                self._gaps.add(sender)
+                if near:
+                    self._answer(sender, UNREAD)
                 return
         self._take(frames)
 
@@ -148,11 +160,10 @@ class Door:
         if self._closed:
             return
         try:
-            self._from[sender].send_multipart([sender, message], zmq.NOBLOCK)
+            self._sockets[0].send_multipart([sender, message], zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
+            if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):  # else gone, and its memory with it
                 raise
-            self._from.pop(sender, None)  # gone, and its memory with it
         for socket in self._sockets:  # sending may have taken the edge
             self._soon(socket)
 

@@ -1,7 +1,7 @@
 """The way to one other peer's door. Knows frames, not what they mean."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import zmq
 
@@ -10,7 +10,9 @@ from ...schema.errors import Refused
 from ...schema.keys import PeerKey
 from ...schema.message import Direct
 from .address import here
-from .memory import Slots
+from .memory import UNREAD, Slots
+
+_APART: Final[set[str]] = set()  # doors of this host whose processes cannot read memory of this one
 
 
 class Lane:
@@ -19,23 +21,31 @@ class Lane:
     Args:
         door: what the other peer announced.
         cut: called with the reason when the connection has ended: what was on its way is lost, and the lane with it.
+            Before `met` it could not be made, and nothing was on its way.
+        met: called when the other side is there.
 
     Raises:
         Refused: nothing leads from here to that door.
     """
 
-    def __init__(self, door: Direct, cut: Callable[[str], None], context: zmq.Context[Any] | None = None) -> None:
+    def __init__(
+        self,
+        door: Direct,
+        cut: Callable[[str], None],
+        met: Callable[[], None] = lambda: None,
+        context: zmq.Context[Any] | None = None,
+    ) -> None:
         self.near = bool(door.near) and door.host == here()
         self.url = door.near if self.near else door.far
         if not self.url:
             raise Refused("the other side is on another host and has no address there")
-        self._slots = Slots() if self.near else None
+        self._slots = Slots() if self.near and self.url not in _APART else None
         self._cut = cut
         key = None
         if door.key and not self.near:
             public, secret = zmq.curve_keypair()
             key = PeerKey(public.decode(), secret.decode(), door.key)
-        self._wire = Wire(self.url, self._heard, self._ended, context, key, lambda reason, certain: cut(reason))
+        self._wire = Wire(self.url, self._heard, self._ended, context, key, self._refused, met=met, once=True)
 
     def send(self, frames: list[Any]) -> None:
         """Sends, or keeps in order until the socket takes it; large frames must not change before they are read."""
@@ -49,8 +59,14 @@ class Lane:
             self._slots.close()
 
     def _heard(self, frames: list[Any]) -> None:
-        if self._slots is not None:
+        if bytes(frames[0]) == UNREAD:
+            _APART.add(self.url)
+            self._cut(f"a message is lost: {self.url} cannot read this process' memory, and gets none from now on")
+        elif self._slots is not None:
             self._slots.freed(frames[0])
+
+    def _refused(self, reason: str, certain: bool) -> None:
+        self._cut(reason)
 
     def _ended(self) -> None:
         self._cut(f"its connection to {self.url} has ended")

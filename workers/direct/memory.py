@@ -26,11 +26,13 @@ SLOTS: Final = 4  # of one lane; while all are in use, frames go with their mess
 MARK: Final = 0xFF  # first byte of an envelope; frame 0 of a message begins with the protocol's version
 NAME: Final = "ralmq-direct"
 MAPPED: Final = 2 * SLOTS  # slots of others that stay mapped
+UNREAD: Final = b"\0"  # what the reader says of an envelope whose memory it cannot read
 _HEAD: Final = struct.Struct("<BxHI")  # MARK, entries, process
 _ENTRY: Final = struct.Struct("<HxxIQQ")  # place among the frames, descriptor, serial number, bytes
 _FREED: Final = struct.Struct("<Q")
 
-_serials = itertools.count(1)
+# From anywhere: a process that has the number of one that is gone must not name what that one named.
+_serials = itertools.count(int.from_bytes(os.urandom(6)))
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -145,6 +147,10 @@ class Views:
             rest.insert(place, self._view(sender, process, descriptor, serial, size).data)
         return rest
 
+    def forget(self) -> None:
+        """Keeps nothing mapped but what is in use."""
+        self._mapped.clear()
+
     def _view(self, sender: bytes, process: int, descriptor: int, serial: int, size: int) -> Bytes:
         key = (process, serial)
         if key not in self._mapped:
@@ -166,9 +172,9 @@ def _mapped(process: int, descriptor: int) -> Bytes:
         if not os.readlink(path).startswith(f"/memfd:{NAME}"):
             raise Malformed("an envelope names something else than shared memory")
         number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise Malformed(f"shared memory cannot be opened: {error.strerror}") from None
-    with contextlib.closing(os.fdopen(number, "rb")):
-        if not fcntl.fcntl(number, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-            raise Malformed("shared memory that may shrink")
-        return np.frombuffer(mmap.mmap(number, 0, access=mmap.ACCESS_READ), np.uint8)
+        with contextlib.closing(os.fdopen(number, "rb")):
+            if not fcntl.fcntl(number, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise Malformed("shared memory that may shrink")
+            return np.frombuffer(mmap.mmap(number, 0, access=mmap.ACCESS_READ), np.uint8)
+    except (OSError, ValueError) as error:
+        raise Malformed(f"shared memory cannot be opened: {error}") from None

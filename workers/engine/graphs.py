@@ -150,7 +150,8 @@ class Decoder:
             width *= 2
         width = max(needed, min(width, most))
         if (batch, width) not in self._shapes:
-            self._shapes[batch, width] = Shape(batch, width, x)
+            # Not in the dtype in which they came first: other neighbours may send more of each value.
+            self._shapes[batch, width] = Shape(batch, width, x.to(self._dtype) if x.is_floating_point() else x)
         return self._shapes[batch, width]
 
     def _ints(self, rows: Sequence[Row], shape: Shape) -> list[int]:

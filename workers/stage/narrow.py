@@ -27,7 +27,10 @@ def narrowed(hidden: torch.Tensor, wire: str) -> torch.Tensor:
     """
     if wire == "fp16":
         largest = torch.finfo(torch.float16).max
-        return hidden if hidden.dtype == torch.float16 else hidden.clamp(-largest, largest).to(torch.float16)
+        if hidden.dtype == torch.float16:
+            return hidden
+        # What is not finite stays so: its row fails at the last stage.
+        return torch.where(hidden.isinf(), hidden, hidden.clamp(-largest, largest)).to(torch.float16)
     if wire == "int8":
         padding = -hidden.shape[1] % BLOCK
         blocks = torch.nn.functional.pad(hidden.float(), (0, padding)).reshape(len(hidden), -1, BLOCK)

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import secrets
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from ...client.client import Client
-from ...schema.errors import Refused
+from ...schema.errors import DeadlineExceeded, RalmqError, Refused
 from ...schema.keys import PLACE
 from ...schema.plan.model import Load
 from ...schema.plan.plan import KV_TOKENS
@@ -30,6 +31,8 @@ log = logging.getLogger("ralmq.stage")
 AUTO: Final = "auto"
 SHARE: Final = 0.8  # of the memory that is free, where none is given
 DEADLINE: Final = 10.0  # seconds of one question
+LAST: Final = 1.0  # and of the last one, when the layers are loaded
+CGROUP: Final = Path("/sys/fs/cgroup")
 PATIENT: Final = float("inf")  # a broker that is away is waited for, as by every worker
 
 
@@ -139,9 +142,8 @@ class Placing:
 
     def kv_mib(self, place: Place) -> int:
         """Memory for keys and values of these layers."""
-        sizes = weighed(place.path, place.name, self.offer.dtype)
-        cache = Load(sizes, self.offer.kv_tokens).cache(place.first, place.last)
-        return max(1, -(-cache >> 20))
+        load = Load(weighed(place.path, place.name, self.offer.dtype), self.offer.kv_tokens)
+        return load.kv_mib(place.first, place.last)
 
     @asynccontextmanager
     async def placed(self, host: Host) -> AsyncIterator[Place]:
@@ -157,6 +159,7 @@ class Placing:
             keeping = asyncio.create_task(self._keep(client, given))
             try:
                 yield place
+                await self._ask_on(client, given, LAST)  # kept until it is announced, over another connection
             finally:
                 keeping.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -165,7 +168,10 @@ class Placing:
     async def _given(self, client: Client) -> dict[str, Any]:
         said = ""
         while True:
-            answer = (await client.request(PLACE, self.question, deadline=DEADLINE, retries=3)).body
+            try:
+                answer = (await client.request(PLACE, self.question, deadline=DEADLINE, retries=3)).body
+            except DeadlineExceeded:  # the broker is away: it is waited for
+                continue
             if "first" in answer:
                 return answer
             if answer["why"] != said:
@@ -174,11 +180,14 @@ class Placing:
 
     async def _keep(self, client: Client, given: dict[str, Any]) -> None:
         """Asks again within each lease, also a broker that was started anew."""
-        held = {**self.question, "held": [given["first"], given["last"]]}
         while True:
             await asyncio.sleep(given["lease"] / 4)
-            with contextlib.suppress(Exception):  # the broker is away: the next question may reach it
-                await client.request(PLACE, held, deadline=given["lease"] / 2)
+            await self._ask_on(client, given, given["lease"] / 2)
+
+    async def _ask_on(self, client: Client, given: dict[str, Any], deadline: float) -> None:
+        held = {**self.question, "held": [given["first"], given["last"]]}
+        with contextlib.suppress(RalmqError):  # the broker is away: the next question may reach it
+            await client.request(PLACE, held, deadline=deadline)
 
 
 def _free(device: str) -> int:
@@ -188,5 +197,14 @@ def _free(device: str) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, rest = line.partition(":")
         if name == "MemAvailable":
-            return int(rest.split()[0]) << 10
+            return min(int(rest.split()[0]) << 10, _allowed(CGROUP))
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _allowed(group: Path) -> int:
+    """Bytes that a container may take still: /proc/meminfo is of the whole machine."""
+    try:
+        most, now = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return max(0, int(most) - int(now))
+    except (OSError, ValueError):  # no such group, or "max"
+        return sys.maxsize

@@ -17,6 +17,7 @@ from ...schema.frame import RETURN, Prefix
 from ...schema.limits import MAX_ROWS, NO_ID
 from ...schema.message import Beat, Direct, Error, Form, Gone, Return, Span, Step
 from ..base import ELSEWHERE, Answer, Request, Worker
+from ..direct.address import known
 from ..engine.errors import RankLost
 from ..hooks import check_hooks, load_hooks
 from ..params import Task
@@ -28,7 +29,7 @@ from .leader import CHUNK, Leader
 from .narrow import check_wire
 from .placing import Offer, settled
 from .prompts import Indexes, own_tokens, prompt_of
-from .ring import SETTLE, Ring
+from .ring import Ring
 from .runner import Runner
 from .searches import Searches
 from .weights import Loaded, load, place_of
@@ -104,7 +105,7 @@ class Stage(Worker):
             raise Refused(f"max_rows={max_rows} is too large: give at most {MAX_ROWS}")
         if data_plane not in PLANES:
             raise Refused(f"data_plane={data_plane} is unknown: give {' or '.join(PLANES)}")
-        self._wire, self._address = check_wire(wire), address if data_plane == "ring" else None
+        self._wire, self._address = check_wire(wire), known(address) if data_plane == "ring" else None
         self._ring: Ring | None = None
         self._brokered = 0  # STEPs that went through the broker
         self.capacity = capacity
@@ -142,7 +143,9 @@ class Stage(Worker):
         self._indexes = Indexes(self._loaded)
         self._loaded.watch(lambda said: self._loop.call_soon_threadsafe(self._rank_lost, said))
         if self._address is not None:
-            self._ring = Ring(self.host.url, self.take, lambda why: self.host.link.renew(why), self._address)
+            self._ring = Ring(
+                self.host.url, self.take, lambda why: self.host.link.renew(why), self._around, self._address
+            )
 
     async def stop(self) -> None:
         if self._ring is not None:
@@ -205,9 +208,6 @@ class Stage(Worker):
             self._drive()
             await ended  # the credit goes back when no stage writes to its blocks any more
             raise
-        if self._ring is not None:  # the row came straight, and may be here before the broker has the end
-            with contextlib.suppress(asyncio.CancelledError):  # it has, and was told that it still counts here
-                await asyncio.sleep(SETTLE)
         return ELSEWHERE
 
     def _granted(self, leader: Leader, key: Key) -> None:
@@ -369,15 +369,23 @@ class Stage(Worker):
         self._submit(partial(last.fail, [key], error), partial(self._publish, 0))
 
     def _give_back(self, number: int, returns: tuple[Return, ...]) -> None:
+        """Where a sequence ends, by the way of its FINAL and behind it: a leader that had the row before the broker has
+        the end would list the sequence no more, and the broker would take it for lost."""
         if self._leader is not None:
             self._returned(number, returns)
+        elif any(row.done for row in returns):
+            self._around(Step(returns=returns, batch=number), RETURN)
         else:
             self._send(Step(returns=returns, batch=number), RETURN)
 
     def _send(self, step: Step, flags: int = 0) -> None:
         if self._ring is None or not self._ring.send(step, self.host.link.epoch, flags):
-            self.host.link.send(step, id=self._pipeline, flags=flags)
-            self._brokered += 1
+            self._around(step, flags)
+
+    def _around(self, step: Step, flags: int) -> None:
+        """Through the broker."""
+        self.host.link.send(step, id=self._pipeline, flags=flags)
+        self._brokered += 1
 
     def _returned(self, number: int, returns: tuple[Return, ...]) -> None:
         if self._leader is not None:
