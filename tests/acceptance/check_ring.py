@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 STAGES = 4
 WAYS: dict[str, dict[str, str]] = {"hub": {}, "ring": {"ring": "true"}, "port": {"ring": "true", "port": "true"}}
 SIZES = {4 << 10: 400, 1 << 20: 60, 16 << 20: 12}  # bytes of a hop, and how often
-ROUNDS = 5
+ROUNDS = 9
 
 
 @check
