@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from .client.results import Reply as Reply
     from .client.results import Token as Token
     from .client.stream import Stream as Stream
+    from .remote.model.language import RemoteLanguageModel as RemoteLanguageModel
+    from .remote.model.pretrained import from_pretrained as from_pretrained
     from .remote.optimizer import RemoteOptimizer as RemoteOptimizer
     from .remote.proxy import RemoteModule as RemoteModule
     from .remote.proxy import remote_copy as remote_copy
+    from .remote.replicas import DataParallel as DataParallel
     from .remote.tensor import RemoteTensor as RemoteTensor
     from .workers.base import Request as Request
     from .workers.base import Worker as Worker
@@ -30,12 +33,14 @@ __version__ = "0.1.0"
 
 _FACE = {
     "Client": "client.client",
+    "DataParallel": "remote.replicas",
     "Generation": "client.generation",
     "Group": "workers.group.group",
     "Hits": "client.results",
     "LogitsHook": "workers.hooks",
     "RankLost": "workers.group.errors",
     "RankMissing": "workers.group.errors",
+    "RemoteLanguageModel": "remote.model.language",
     "RemoteModule": "remote.proxy",
     "RemoteOptimizer": "remote.optimizer",
     "RemoteTensor": "remote.tensor",
@@ -46,6 +51,7 @@ _FACE = {
     "Token": "client.results",
     "Worker": "workers.base",
     "connect": "client.client",
+    "from_pretrained": "remote.model.pretrained",
     "group": "workers.group.group",
     "map_rows": "client.mapping",
     "remote_copy": "remote.proxy",

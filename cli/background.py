@@ -43,11 +43,16 @@ def detach(arguments: Sequence[str]) -> None:
             stderr=output,
             start_new_session=True,
         )
+    shown = 0
     try:
         while process.poll() is None:
             record = running(directory)
-            if record is not None and record["pid"] == process.pid and record["ready"]:
-                typer.echo(log.read_text(errors="replace").rstrip())
+            ready = record is not None and record["pid"] == process.pid and record["ready"]
+            whole, newline, _ = log.read_bytes()[shown:].rpartition(b"\n")
+            if newline:  # what it waits for is shown as soon as it says so
+                shown += len(whole) + 1
+                typer.echo(whole.decode(errors="replace"))
+            if ready:
                 return
             time.sleep(POLL)
     except BaseException:

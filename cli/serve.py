@@ -44,11 +44,15 @@ def worker(
     kind: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="echo, stage, index, generator, encoder, t5-encoder, ralm-gateway, or module:Class."
+            metavar="NAME",
+            help="echo, stage, index, generator, encoder, t5-encoder, ralm-gateway, module, or package.module:Class.",
         ),
     ],
     option: Annotated[
-        list[str] | None, typer.Option("-o", "--option", metavar="KEY=VALUE", help="An option of the worker class.")
+        list[str] | None,
+        typer.Option(
+            "-o", "--option", metavar="KEY=VALUE", help="An option of the worker: see `ralmq worker NAME --help`."
+        ),
     ] = None,
     broker: Broker = DEFAULT_BROKER,
     name: Annotated[str, typer.Option("--name", help="Shown in `ralmq status`, with a suffix.")] = "",

@@ -34,7 +34,7 @@ class Rows:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self.count = 0
         digest = hashlib.sha256()
         try:
@@ -51,22 +51,22 @@ class Rows:
     def __iter__(self) -> Generator[tuple[int, dict[str, Any]], None, None]:
         """Each row's number, from 0 on, and its object."""
         row = 0
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip() and row < self.count:
                     yield row, self._object(number, line)
                 if line.strip():
                     row += 1
         if row != self.count:
-            raise Refused(f"{self._path}: has changed while it was read: leave it alone until the end")
+            raise Refused(f"{self.path}: has changed while it was read: leave it alone until the end")
 
     def _object(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             found = json.loads(line)
         except ValueError as error:
-            raise Refused(f"{self._path}: line {number}: no JSON ({error}): write one object a line") from None
+            raise Refused(f"{self.path}: line {number}: no JSON ({error}): write one object a line") from None
         if not isinstance(found, dict):
-            raise Refused(f'{self._path}: line {number}: no object: write one a line, as {{"text": "hi"}}')
+            raise Refused(f'{self.path}: line {number}: no object: write one a line, as {{"text": "hi"}}')
         return found
 
 
@@ -82,7 +82,7 @@ class Journal:
     """
 
     def __init__(self, target: Path, rows: Rows, job: str) -> None:
-        self._target = target
+        self._target, self._source = target, rows.path
         self.path = target.with_name(target.name + SUFFIX)
         self._job = {"input": rows.digest, "rows": rows.count, "job": job}
         self._places = array("q", [_MISSING]) * rows.count
@@ -91,6 +91,8 @@ class Journal:
         self.failed = 0
 
     def __enter__(self) -> Self:
+        if self._target.exists() and self._target.samefile(self._source):
+            raise Refused(f"{self._target}: is the input: name another file for the answers")
         if self._target.exists() and not self.path.exists():
             raise Refused(f"{self._target}: is there already: remove it, or name another file")
         try:

@@ -5,7 +5,7 @@ Knows processes and `ralmq.status`; not what a worker does.
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -19,6 +19,7 @@ from .child import Child, Lifeline
 LOOPBACK: Final = "tcp://127.0.0.1:*"  # any free port
 STARTED: Final = "broker at "  # what a broker says once it is bound, followed by its address
 POLL: Final = 0.05
+PATIENCE: Final = 3.0  # seconds after which it is said what is waited for
 LONGEST: Final = 120  # characters of a worker's name without its suffix
 READY_WITHIN: Final = 600.0  # a large model takes long to load; a process that fails ends the wait at once
 GRACE: Final = DRAIN + 2 * CLEAN_UP  # seconds that a process has for its drain
@@ -109,20 +110,27 @@ class Cluster:
         return await self._start(name, arguments, old.threads, old.label, old.waits)
 
     async def ready(
-        self, within: float = READY_WITHIN, *, only: Collection[str] = (), pipelines: bool = True
+        self,
+        within: float = READY_WITHIN,
+        *,
+        only: Collection[str] = (),
+        pipelines: bool = True,
+        told: Callable[[str], None] = lambda line: None,
     ) -> dict[str, Any]:
         """Waits until every worker is known to the broker and every model has its pipeline. Returns the status.
 
         Args:
             only: these processes; all where none is named.
             pipelines: False where other machines hold layers.
+            told: hears what is waited for, where that takes long.
 
         Raises:
             Refused: a process ended because its input is to be mended.
             WorkerFailed: a process ended otherwise.
             DeadlineExceeded: it took longer; the message names what is missing.
         """
-        missing = "the broker has not answered"
+        missing = f"the broker at {self.url} has not answered: is it started, and is that its address?"
+        slow = asyncio.get_running_loop().call_later(PATIENCE, lambda: told(f"waiting: {missing}"))
         try:
             async with asyncio.timeout(within), connect(self.url, wait=within, name="supervisor") as client:
                 while True:
@@ -136,6 +144,8 @@ class Cluster:
         except TimeoutError:
             text = f"not ready after {within:g} s: {missing}; see the logs in {self.directory}"
             raise DeadlineExceeded(text) from None
+        finally:
+            slow.cancel()
 
     async def ended(self) -> Child:
         """The next process that ends without being asked to."""

@@ -96,7 +96,7 @@ class Site:
             self._tasks[task.name] = task
         await self._say()  # before the wait: stages of other machines may have to join first
         names = [task.name for task in fresh]
-        return await self.cluster.ready(only=names or ["broker"], pipelines=self._alone)
+        return await self.cluster.ready(only=names or ["broker"], pipelines=self._alone, told=self._told)
 
     def _runs(self, task: Task) -> bool:
         """Or is started again by the supervisor: not what ended because its input is to be mended."""

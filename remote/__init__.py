@@ -10,12 +10,14 @@ from types import ModuleType
 from typing import Any
 
 _NAMES = {
+    "DataParallel": "replicas",
     "Pipeline": "pipeline",
     "RemoteModule": "proxy",
     "RemoteOptimizer": "optimizer",
     "RemoteTensor": "tensor",
     "close": "home",
     "connect": "home",
+    "from_pretrained": "model.pretrained",
     "remote_copy": "proxy",
     "to_worker": "tensor",
 }

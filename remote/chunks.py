@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Any, Final
 
 import torch
@@ -44,6 +45,11 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def sizes(tensors: Sequence[torch.Tensor]) -> list[int]:
     return [tensor.numel() * tensor.element_size() for tensor in tensors]
+
+
+def sizes_of(described: Sequence[Sequence[Any]]) -> list[int]:
+    """The bytes of tensors that are described as `specs` does."""
+    return [prod(shape) * DTYPES[dtype].itemsize for dtype, shape in described]
 
 
 def cut(tensors: Sequence[torch.Tensor], wanted: Sequence[Sequence[int]]) -> tuple[str, list[torch.Tensor]]:

@@ -6,7 +6,7 @@ is a call to its worker, and gradients pass from worker to worker as results do.
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -125,12 +125,22 @@ _passes: Final = _Passes()
 
 def passing() -> list[Pending]:
     """The calls of the way back that is under way in this thread; it ends when all of them have ended."""
-    task = _C._current_graph_task_id()
-    if _passes.pending is None or _passes.task != task:
-        _passes.task, _passes.pending = task, []
-        if task != -1:
+    current = task()
+    if _passes.pending is None or _passes.task != current:
+        _passes.task, _passes.pending = current, []
+        if current != -1:
             _engine.queue_callback(_finish)
     return _passes.pending
+
+
+def task() -> int:
+    """The backward pass that is under way in this thread; -1 where none is."""
+    return int(_C._current_graph_task_id())
+
+
+def at_the_end(action: Callable[[], None]) -> None:
+    """Within a backward pass: calls `action` once all of its calls are under way."""
+    _engine.queue_callback(action)
 
 
 def _finish() -> None:

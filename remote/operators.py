@@ -7,6 +7,8 @@ from typing import Any, Final
 import torch
 from torch.nn import functional
 
+from .values import mapped
+
 
 def _words(text: str) -> list[str]:
     return text.split()
@@ -73,6 +75,38 @@ def _item_set(value: Any, index: Any, new: Any) -> Any:
     return value
 
 
+class _Scaled(torch.autograd.Function):
+    """The same value; gradients are multiplied on their way back."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0] * ctx.factor, None
+
+
+def scaled(value: Any, factor: float) -> Any:
+    """The same value; gradients of its tensors are multiplied on their way back."""
+    return mapped(value, lambda tensor: _Scaled.apply(tensor, factor) if tensor.requires_grad else tensor)
+
+
+def _joined(values: Any) -> Any:
+    """Results of one kind for some rows each, as one for all rows."""
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        if not first.ndim:
+            raise ValueError("results without rows cannot be joined: have the module return one value for each row")
+        return torch.cat(values)
+    if isinstance(first, list | tuple):
+        return type(first)([_joined(entries) for entries in zip(*values, strict=True)])
+    if isinstance(first, dict):
+        return {name: _joined([value[name] for value in values]) for name in first}
+    return first
+
+
 def _named() -> dict[str, Callable[..., Any]]:
     rooms: list[tuple[str, Any, list[str]]] = [
         ("torch", torch, _BOTH + _FUNCTIONS),
@@ -86,6 +120,7 @@ def _named() -> dict[str, Callable[..., Any]]:
     }
     found |= {f"Tensor.{name}": getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "real")}
     found |= {"value": _identity, "bool": bool, "int": int, "float": float, SET: _item_set}
+    found |= {"scaled": scaled, "joined": _joined}
     return found
 
 

@@ -2,18 +2,32 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Protocol
 
 import torch
 
 from ..schema.errors import Refused
+from .chunks import Piece
 from .owner.optimizers import KINDS
-from .peer import Handle
-from .proxy import RemoteModule
+from .peer import Handle, Pending
+from .proxy import RemoteModule, downloaded, uploaded
 from .values import pack
 
 EPSILON: Final = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
+
+
+class Several(Protocol):
+    """What is made of several modules on workers.
+
+    Attributes:
+        alike: they are replicas of one.
+    """
+
+    proxies: list[RemoteModule]
+    alike: bool
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -21,14 +35,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     Args:
         kind: sgd or adamw.
-        proxies: modules on any workers.
+        proxies: modules on any workers, models of `from_pretrained`, DataParallel.
         options: of the class of torch of that name.
 
     Raises:
         Refused: no such optimizer, or nothing to optimize.
     """
 
-    def __init__(self, kind: str, proxies: Sequence[RemoteModule], lr: float, **options: Any) -> None:
+    def __init__(self, kind: str, proxies: Sequence[RemoteModule | Several], lr: float, **options: Any) -> None:
         if kind not in KINDS:
             raise Refused(f"there is no optimizer {kind}: use {' or '.join(KINDS)}")
         stand_in = torch.zeros(1, requires_grad=True)
@@ -36,15 +50,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
         known = inspect.signature(make).parameters
         defaults = make([stand_in], lr=lr, **options).defaults
         super().__init__([stand_in], {name: value for name, value in defaults.items() if name in known})
+        self._modules = list(_told_apart(proxies))
         self._there: list[Handle] = []
-        peers = list(dict.fromkeys(proxy.peer for proxy in proxies))
         made = []
-        for peer in peers:
+        for peer in dict.fromkeys(module.proxy.peer for module in self._modules):
             handle = peer.handle()
-            modules = [proxy.handle.number for proxy in proxies if proxy.peer is peer]
-            fields = {"kind": kind, "modules": modules, "out": handle.number, "a": pack([(), self._options()], [])}
-            made.append(peer.ask("optimizer", fields))
             self._there.append(handle)
+            fields = {"kind": kind, "out": handle.number, "a": pack([(), self._options()], [])}
+            made.append(peer.ask("optimizer", {**fields, **self._of(handle)}))
         for pending in made:
             pending.result()
 
@@ -74,7 +87,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         own = [parameter.grad for parameter in local if parameter.grad is not None]
         squares = sum(float(grad.double().pow(2).sum()) for grad in own)
-        squares += sum(answer["squares"] for answer in self._all("norm"))
+        squares += sum(answer["squares"] for answer in self._all("norm", first=True))
         norm = math.sqrt(squares)
         factor = float(max_norm) / (norm + EPSILON)
         if factor < 1:
@@ -87,9 +100,83 @@ class RemoteOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr"] = lr
 
+    def state_dict(self) -> dict[str, Any]:
+        """What all workers keep of their parameters, gathered here, and the settings.
+
+        Returns:
+            `state`: name of a parameter and of what is kept (0.weight.exp_avg: of the first proxy's weight) to tensor,
+            of replicas once; `param_groups`: as torch has them, without parameters.
+        """
+        state: dict[str, torch.Tensor] = {}
+        for handle in self._there:
+            held = handle.peer.handle()
+            fields = {"of": handle.number, "out": held.number, **self._of(handle, first=True)}
+            told = handle.peer.ask("kept", fields).result()[0]
+            state |= downloaded(told, partial(_piece, held))
+        return {"state": state, "param_groups": [self._options()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of an optimizer over modules of the same order, on whatever workers.
+
+        Raises:
+            Refused: it is of other parameters.
+        """
+        (options,) = state_dict["param_groups"]
+        state: dict[str, torch.Tensor] = state_dict["state"]
+        prefixes = tuple(module.prefix for module in self._modules)
+        unknown = next((name for name in state if not name.startswith(prefixes)), None)
+        if unknown is not None:
+            raise Refused(f"the state is of other parameters: there is no {unknown}")
+        for handle in self._there:
+            own = self._of(handle)
+            names = [name for name in state if name.startswith(tuple(own["prefixes"]))]
+            staging = uploaded(handle.peer, [state[name] for name in names])
+            handle.peer.quiet()
+            fields = {"of": handle.number, "names": names, "staging": staging.number, **own}
+            handle.peer.ask("keep", fields).result()
+        self.param_groups[0].update({name: value for name, value in options.items() if name in self.defaults})
+
+    # -- inside
+
+    def _of(self, handle: Handle, first: bool = False) -> dict[str, Any]:
+        """The modules that an optimizer steps; of replicas only where the first of them is, if `first`."""
+        own = [module for module in self._modules if module.proxy.peer is handle.peer and not (first and module.again)]
+        modules = [module.proxy.handle.number for module in own]
+        return {"modules": modules, "prefixes": [module.prefix for module in own]}
+
     def _options(self) -> dict[str, Any]:
         return {name: self.param_groups[0][name] for name in self.defaults}
 
-    def _all(self, verb: str, **fields: Any) -> list[dict[str, Any]]:
-        under_way = [handle.peer.ask(verb, {"of": handle.number, **fields}) for handle in self._there]
+    def _all(self, verb: str, first: bool = False, **fields: Any) -> list[dict[str, Any]]:
+        under_way = [
+            handle.peer.ask(verb, {"of": handle.number, **self._of(handle, first), **fields}) for handle in self._there
+        ]
         return [pending.result()[0] for pending in under_way]
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """One of an optimizer's modules.
+
+    Attributes:
+        prefix: of the names of its parameters in a state.
+        again: it is a replica of another one, which has the same prefix.
+    """
+
+    proxy: RemoteModule
+    prefix: str
+    again: bool = False
+
+
+def _told_apart(proxies: Sequence[RemoteModule | Several]) -> Iterator[_Module]:
+    for place, given in enumerate(proxies):
+        if isinstance(given, RemoteModule):
+            yield _Module(given, f"{place}.")
+        elif given.alike:
+            yield from (_Module(proxy, f"{place}.", number > 0) for number, proxy in enumerate(given.proxies))
+        else:
+            yield from (_Module(proxy, f"{place}.{number}.") for number, proxy in enumerate(given.proxies))
+
+
+def _piece(held: Handle, where: list[Piece]) -> Pending:
+    return held.peer.ask("kept_piece", {"held": held.number, "where": where}, (), [held])

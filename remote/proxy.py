@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -53,20 +53,29 @@ class RemoteModule:
     def __repr__(self) -> str:
         return f"RemoteModule({self._class}, worker={self.worker!r})"
 
+    @property
+    def flags(self) -> dict[str, bool]:
+        """Names of its parameters, and whether they train."""
+        return dict(self._flags)
+
     # -- parameters
 
     def named_parameters(self) -> Iterator[tuple[str, RemoteTensor]]:
         """Names and parameters, which stay where they are."""
-        for name, flag in self._flags.items():
-            handle = self.peer.handle()
-            made = self._ask("parameter", name=name, out=handle.number)
-            yield name, RemoteTensor(handle, made, Slot(handle if flag else None), content_free() if flag else None)
+        for name in self._flags:
+            yield name, self.get_parameter(name)
+
+    def get_parameter(self, name: str) -> RemoteTensor:
+        """One parameter, which stays where it is."""
+        flag, handle = self._flags[name], self.peer.handle()
+        made = self.ask("parameter", name=name, out=handle.number)
+        return RemoteTensor(handle, made, Slot(handle if flag else None), content_free() if flag else None)
 
     def parameters(self) -> list[RemoteTensor]:
         return [parameter for _, parameter in self.named_parameters()]
 
     def train(self, mode: bool = True) -> Self:
-        self._ask("mode", train=mode)
+        self.ask("mode", train=mode)
         return self
 
     def eval(self) -> Self:
@@ -81,33 +90,24 @@ class RemoteModule:
         unknown = set(names) - set(self._flags)
         if unknown:
             raise KeyError(f"{self!r} has no parameter {sorted(unknown)[0]}")
-        self._ask("trains", flag=flag, names=names)
+        self.ask("trains", flag=flag, names=names)
         self._flags.update(dict.fromkeys(names or self._flags, flag))
         return self
 
+    def changed(self, parameters: Iterable[Sequence[Any]]) -> None:
+        """Its worker made other parameters: names, and whether they train."""
+        self._flags = {name: bool(flag) for name, flag in parameters}
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._ask("zero", to_none=set_to_none)
+        self.ask("zero", to_none=set_to_none)
 
     # -- its tensors
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """All parameters and buffers, here."""
-        told = self._ask("state").result()[0]
-        staging = chunks.Staging(told["specs"])
-        under_way: deque[tuple[list[Any], Pending]] = deque()
-
-        def take() -> None:
-            where, pending = under_way.popleft()
-            body, tensors = pending.result()
-            staging.put(where, tensors, body["sha256"])
-
-        for where in chunks.pieces(told["sizes"]):
-            under_way.append((where, self._ask("piece", where=where)))
-            if len(under_way) > AHEAD:
-                take()
-        while under_way:
-            take()
-        return dict(zip(told["names"], staging.complete(), strict=True))
+    def state_dict(self, only: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+        """All parameters and buffers, here; or those of these names."""
+        names = list(only)
+        told = self.ask("state", only=names).result()[0]
+        return downloaded(told, lambda where: self.ask("piece", where=where, only=names))
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor], strict: bool = True) -> None:
         """Takes these values for its own.
@@ -116,15 +116,16 @@ class RemoteModule:
             RuntimeError: names or shapes are others.
         """
         self.peer.quiet()
-        staging = _uploaded(self.peer, list(state.values()))
-        self._ask("load", staging=staging.number, names=list(state), strict=strict).result()
+        staging = uploaded(self.peer, list(state.values()))
+        self.ask("load", staging=staging.number, names=list(state), strict=strict).result()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes its state as a safetensors file."""
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, os.fspath(path))
 
-    def _ask(self, verb: str, **fields: Any) -> Pending:
-        return self.peer.ask(verb, {"module": self.handle.number, **fields})
+    def ask(self, verb: str, keeps: Iterable[Handle] = (), **fields: Any) -> Pending:
+        """A call of its worker about this module."""
+        return self.peer.ask(verb, {"module": self.handle.number, **fields}, (), keeps)
 
 
 def remote_copy(module: nn.Module, worker: str, device: str = "", *, broker: str | None = None) -> RemoteModule:
@@ -146,7 +147,7 @@ def remote_copy(module: nn.Module, worker: str, device: str = "", *, broker: str
     for name in sorted(names(shipment.body["tree"])):
         if ":" in name and name not in peer.allowed:
             raise Refused(f"{worker} builds no {name}: start it with -o allow={name}")
-    staging = _uploaded(peer, shipment.tensors)
+    staging = uploaded(peer, shipment.tensors)
     handle = peer.handle()
     fields = {**shipment.body, "staging": staging.number, "device": device, "out": handle.number}
     return RemoteModule(handle, peer.ask("copy", fields).result()[0])
@@ -168,12 +169,18 @@ def built(name: str, worker: str, device: str = "", *, broker: str | None = None
     return RemoteModule(handle, peer.ask("build", fields).result()[0])
 
 
-def _uploaded(peer: Peer, tensors: list[torch.Tensor]) -> Handle:
-    """Tensors on their way to a worker, in pieces; the handle of where they gather."""
+def uploaded(peer: Peer, tensors: Sequence[torch.Tensor], specs: list[list[Any]] | None = None) -> Handle:
+    """Tensors on their way to a worker, in pieces; the handle of where they gather.
+
+    Args:
+        specs: their dtypes and shapes, where each tensor is read only when it is asked for.
+    """
     handle = peer.handle()
-    tensors = [tensor.detach().cpu().contiguous() for tensor in tensors]
-    under_way = deque([peer.ask("stage", {"specs": chunks.specs(tensors), "out": handle.number})])
-    for where in chunks.pieces(chunks.sizes(tensors)):
+    if specs is None:
+        tensors = [tensor.detach().cpu().contiguous() for tensor in tensors]
+        specs = chunks.specs(tensors)
+    under_way = deque([peer.ask("stage", {"specs": specs, "out": handle.number})])
+    for where in chunks.pieces(chunks.sizes_of(specs)):
         digest, found = chunks.cut(tensors, where)
         fields = {"staging": handle.number, "where": where, "sha256": digest}
         under_way.append(peer.ask("put", fields, found))
@@ -182,3 +189,22 @@ def _uploaded(peer: Peer, tensors: list[torch.Tensor]) -> Handle:
     for pending in under_way:
         pending.result()
     return handle
+
+
+def downloaded(told: dict[str, Any], ask: Callable[[list[chunks.Piece]], Pending]) -> dict[str, torch.Tensor]:
+    """Tensors of a worker, here, in pieces; `told` is its description of them."""
+    staging = chunks.Staging(told["specs"])
+    under_way: deque[tuple[list[chunks.Piece], Pending]] = deque()
+
+    def take() -> None:
+        where, pending = under_way.popleft()
+        body, tensors = pending.result()
+        staging.put(where, tensors, body["sha256"])
+
+    for where in chunks.pieces(told["sizes"]):
+        under_way.append((where, ask(where)))
+        if len(under_way) > AHEAD:
+            take()
+    while under_way:
+        take()
+    return dict(zip(told["names"], staging.complete(), strict=True))

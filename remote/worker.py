@@ -21,6 +21,8 @@ from .failures import raised, told
 from .owner.compute import VERBS
 from .owner.models import Models
 from .owner.optimizers import VERBS as OPTIMIZERS
+from .owner.pretrained import Pretrained
+from .owner.replicas import VERBS as REPLICAS
 from .owner.session import Pulled, Session
 from .straight import Straight
 from .values import Ref, pack
@@ -38,11 +40,19 @@ class ModuleWorker(Worker):
         threads: of torch.
         allow: classes of modules that callers may build here beside those of torch.nn, as package.module:Class, with
             commas between them.
+        models: a folder of model directories, of which callers load parts by name (`ralmq.from_pretrained`).
         capacity: calls that wait here at a time, of all callers together, where they come through the broker.
     """
 
     def __init__(
-        self, *, name: str, device: str = "cpu", threads: int = 1, allow: str = "", capacity: int = 4096
+        self,
+        *,
+        name: str,
+        device: str = "cpu",
+        threads: int = 1,
+        allow: str = "",
+        models: str = "",
+        capacity: int = 4096,
     ) -> None:
         if not name:
             raise Refused("a module worker needs a name: give -o name=NAME")
@@ -57,8 +67,8 @@ class ModuleWorker(Worker):
         look_here()
         own = [imported(target, nn.Module, "torch.nn.Module") for target in filter(None, allow.split(","))]
         self._allowed = {wire_name(kind): kind for kind in own}
-        models = Models({**torch_classes(), **self._allowed}, {kind.__name__: kind for kind in own})
-        self._verbs = {**VERBS, **OPTIMIZERS, **models.verbs}
+        built = Models({**torch_classes(), **self._allowed}, {kind.__name__: kind for kind in own})
+        self._verbs = {**VERBS, **OPTIMIZERS, **REPLICAS, **built.verbs, **Pretrained(models).verbs}
         self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (threads,))
         self._sessions: dict[bytes, Session] = {}
         self._orphans: set[bytes] = set()  # sessions of callers that have yet to come back to the broker

@@ -42,22 +42,22 @@ class Models:
         }
 
     def _copy(self, call: Call) -> Answer:
-        staging = _staging(call)
+        staging = staging_of(call)
         module = received(call.body, staging.complete(), self._classes)
         call.table.drop([call.number("staging")], [])
-        return _kept(call, module)
+        return kept(call, module)
 
     def _build(self, call: Call) -> Answer:
         name, (_, options) = call.text("name"), call.values()
         if name in self._builders:
-            return _kept(call, self._builders[name](**options))
+            return kept(call, self._builders[name](**options))
         if name not in self._classes:
             known = ", ".join([*self._builders, *(other for other in self._classes if ":" in other), "nn.<Class>"])
             raise Refused(f"this worker has no module called {name[:200]}: there are {known}")
         if any(isinstance(value, dict | nn.Module) for value in options.values()):
             raise Refused(f"{name} is built here from plain values alone: copy it with remote_copy")
         tree = {"class": name, "args": {key: _plain(value) for key, value in options.items()}}
-        return _kept(call, built(tree, self._classes, "cpu"))
+        return kept(call, built(tree, self._classes, "cpu"))
 
 
 def _plain(value: Any) -> Any:
@@ -66,7 +66,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _kept(call: Call, module: nn.Module) -> Answer:
+def kept(call: Call, module: nn.Module) -> Answer:
     device = call.body.get("device")
     try:
         module.to(torch.device(device) if isinstance(device, str) and device else call.device)
@@ -77,7 +77,7 @@ def _kept(call: Call, module: nn.Module) -> Answer:
     return {"class": type(module).__name__, "parameters": names}, []
 
 
-def _staging(call: Call) -> Staging:
+def staging_of(call: Call) -> Staging:
     found = call.table.value(call.number("staging"))
     if not isinstance(found, Staging):
         raise Malformed("no tensors were announced under this number")
@@ -93,11 +93,11 @@ def _stage(call: Call) -> Answer:
 
 
 def _put(call: Call) -> Answer:
-    _staging(call).put(call.body.get("where", []), call.tensors, call.text("sha256"))
+    staging_of(call).put(call.body.get("where", []), call.tensors, call.text("sha256"))
     return {}, []
 
 
-def _module(call: Call) -> nn.Module:
+def module_of(call: Call) -> nn.Module:
     found = call.table.value(call.number("module"))
     if not isinstance(found, nn.Module):
         raise Malformed("what is asked about is no module")
@@ -105,8 +105,8 @@ def _module(call: Call) -> nn.Module:
 
 
 def _load(call: Call) -> Answer:
-    module, names = _module(call), call.body.get("names")
-    tensors = _staging(call).complete()
+    module, names = module_of(call), call.body.get("names")
+    tensors = staging_of(call).complete()
     if not isinstance(names, list) or len(names) != len(tensors):
         raise Malformed("a state without names")
     module.load_state_dict(dict(zip(names, tensors, strict=True)), strict=bool(call.body.get("strict", True)))
@@ -114,35 +114,45 @@ def _load(call: Call) -> Answer:
     return {}, []
 
 
+def _chosen(call: Call) -> dict[str, torch.Tensor]:
+    """Its parameters and buffers; those alone that are named, where some are."""
+    state, only = module_of(call).state_dict(), call.body.get("only")
+    if not only:
+        return state
+    if not isinstance(only, list) or any(name not in state for name in only):
+        raise Malformed("some of these tensors are not there")
+    return {name: state[name] for name in only}
+
+
 def _state(call: Call) -> Answer:
-    state = _module(call).state_dict()
+    state = _chosen(call)
     tensors = list(state.values())
     return {"names": list(state), "specs": specs(tensors), "sizes": sizes(tensors)}, []
 
 
 def _piece(call: Call) -> Answer:
-    digest, found = cut(list(_module(call).state_dict().values()), call.body.get("where", []))
+    digest, found = cut(list(_chosen(call).values()), call.body.get("where", []))
     return {"sha256": digest}, found
 
 
 def _mode(call: Call) -> Answer:
-    _module(call).train(bool(call.body.get("train")))
+    module_of(call).train(bool(call.body.get("train")))
     return {}, []
 
 
 def _trains(call: Call) -> Answer:
-    for name, parameter in _module(call).named_parameters():
+    for name, parameter in module_of(call).named_parameters():
         if not call.body.get("names") or name in call.body["names"]:
             parameter.requires_grad_(bool(call.body.get("flag")))
-    return {"parameters": [[name, found.requires_grad] for name, found in _module(call).named_parameters()]}, []
+    return {"parameters": [[name, found.requires_grad] for name, found in module_of(call).named_parameters()]}, []
 
 
 def _zero(call: Call) -> Answer:
-    _module(call).zero_grad(set_to_none=bool(call.body.get("to_none", True)))
+    module_of(call).zero_grad(set_to_none=bool(call.body.get("to_none", True)))
     return {}, []
 
 
 def _parameter(call: Call) -> Answer:
-    found = _module(call).get_parameter(call.text("name"))
+    found = module_of(call).get_parameter(call.text("name"))
     call.table.set(call.out, found)
     return {"is": described(found)}, []

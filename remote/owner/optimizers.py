@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from ...schema.errors import Malformed, Refused
+from ..chunks import cut, sizes, specs
 from .call import Call
 from .compute import Answer
+from .models import staging_of
 
 KINDS: Final[dict[str, type[torch.optim.Optimizer]]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
@@ -63,8 +65,61 @@ def _grads(call: Call) -> list[torch.Tensor]:
 
 
 def norm(call: Call) -> Answer:
-    """The sum of squares of all gradients here, as a float64."""
-    return {"squares": sum(float(grad.double().pow(2).sum()) for grad in _grads(call))}, []
+    """The sum of squares of the gradients of some modules here, each once, as a float64."""
+    parameters = dict.fromkeys(_parameters(call))
+    return {"squares": sum(float(own.grad.double().pow(2).sum()) for own in parameters if own.grad is not None)}, []
+
+
+def _named(call: Call) -> dict[str, nn.Parameter]:
+    """Of each module the names that the caller gave it, before those of its parameters."""
+    found: dict[str, nn.Parameter] = {}
+    for prefix, number in zip(call.body.get("prefixes", []), call.numbers("modules"), strict=True):
+        module = call.table.value(number)
+        if not isinstance(module, nn.Module):
+            raise Malformed("an optimizer of what is no module")
+        found |= {f"{prefix}{name}": parameter for name, parameter in module.named_parameters()}
+    return found
+
+
+def state(call: Call) -> Answer:
+    """What the optimizer keeps of each parameter, held until it is asked for in pieces."""
+    kept = _optimizer(call).state
+    found = {
+        f"{name}.{key}": value.detach().clone()
+        for name, parameter in _named(call).items()
+        for key, value in kept.get(parameter, {}).items()
+        if isinstance(value, torch.Tensor)
+    }
+    call.table.set(call.out, list(found.values()))
+    return {"names": list(found), "specs": specs(list(found.values())), "sizes": sizes(list(found.values()))}, []
+
+
+def state_piece(call: Call) -> Answer:
+    digest, found = cut(call.table.value(call.number("held")), call.body.get("where", []))
+    return {"sha256": digest}, found
+
+
+def load_state(call: Call) -> Answer:
+    """Takes what `state` gave: of each parameter all, or nothing."""
+    optimizer, names = _optimizer(call), call.body.get("names")
+    tensors = staging_of(call).complete()
+    if not isinstance(names, list) or len(names) != len(tensors):
+        raise Malformed("an optimizer's state without names")
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in zip(names, tensors, strict=True):
+        owner, _, key = str(name).rpartition(".")
+        found.setdefault(owner, {})[key] = tensor
+    known = _named(call)
+    if set(found) - set(known):
+        raise Refused(f"the state is of other parameters: there is no {sorted(set(found) - set(known))[0][:200]}")
+    for name, parameter in known.items():
+        optimizer.state.pop(parameter, None)
+        if name in found:
+            optimizer.state[parameter] = {
+                key: value if not value.ndim else value.to(parameter.device) for key, value in found[name].items()
+            }
+    call.table.drop([call.number("staging")], [])
+    return {}, []
 
 
 def scale(call: Call) -> Answer:
@@ -82,4 +137,7 @@ VERBS: Final[dict[str, Callable[[Call], Answer]]] = {
     "zero_all": zero,
     "norm": norm,
     "scale": scale,
+    "kept": state,
+    "kept_piece": state_piece,
+    "keep": load_state,
 }

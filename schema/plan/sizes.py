@@ -12,7 +12,7 @@ _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 def read_size(text: str) -> int:
-    """Bytes of `8GiB`, `512MiB`, `20GB`, or a plain number of bytes.
+    """Bytes of `8GiB`, `512MiB`, `20GB`, or a plain number of bytes of at least 1 MiB.
 
     Raises:
         Refused: it is none of these, or nothing.
@@ -20,6 +20,8 @@ def read_size(text: str) -> int:
     found = _SIZE.fullmatch(text)
     factor = {**UNITS, **UNITS_OF_TEN}.get(found[2].upper()) if found else None
     size = float(found[1]) * factor if found and factor else 0.0
+    if found and not found[2] and size < UNITS["MIB"]:  # 8 is meant to be more than eight bytes
+        raise Refused(f"{text!r} is no amount of memory: give a unit, as {text.strip()}GiB")
     if not 1 <= size <= MOST:
         raise Refused(f"{text!r} is no amount of memory: give one such as 8GiB, 512MiB or 20GB")
     return int(size)

@@ -14,7 +14,8 @@ from ralmq.cluster.child import Child
 from ralmq.cluster.cluster import Cluster
 from ralmq.cluster.local import local_cluster
 from ralmq.cluster.supervise import supervise
-from ralmq.errors import DeadlineExceeded, Refused, WorkerFailed
+from ralmq.errors import DeadlineExceeded, RalmqError, Refused, WorkerFailed
+from serving import free_url
 
 ECHO = ["echo"]
 
@@ -273,3 +274,18 @@ def test_the_name_of_a_process_fits_into_a_hello(tmp_path: Path) -> None:
             assert worker["name"].startswith("m" * 64 + "-generator@kkk")
 
     asyncio.run(go())
+
+
+def test_what_is_waited_for_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ralmq.cluster.cluster.PATIENCE", 0.05)
+
+    async def main() -> None:
+        cluster, lines = Cluster(tmp_path), []
+        cluster.url = free_url()
+        with pytest.raises(RalmqError, match=r"has not answered|no broker answers"):
+            await cluster.ready(0.5, told=lines.append)
+        assert lines == [
+            f"waiting: the broker at {cluster.url} has not answered: is it started, and is that its address?"
+        ]
+
+    asyncio.run(main())

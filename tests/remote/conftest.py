@@ -15,14 +15,18 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def served() -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    models = tmp_path_factory.mktemp("copies")  # of the worker three alone
     ready, end = threading.Event(), asyncio.Event()
     found: list[Served] = []
 
     async def serve() -> None:
-        workers = {name: ModuleWorker(name=name, allow="remote_modules:Block,remote_modules:Odd") for name in NAMES}
+        allow = "remote_modules:Block,remote_modules:Odd"
+        workers = {
+            name: ModuleWorker(name=name, allow=allow, models=str(models) if name == "three" else "") for name in NAMES
+        }
         async with cluster(*workers.values()) as made:
-            found.append(Served(None, made, workers, asyncio.get_running_loop()))  # type: ignore[arg-type]
+            found.append(Served(None, made, workers, models, asyncio.get_running_loop()))  # type: ignore[arg-type]
             ready.set()
             await end.wait()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from inprocess import Cluster
 from ralmq.remote.home import Home
@@ -17,6 +18,7 @@ class Served:
     home: Home
     cluster: Cluster
     workers: dict[str, ModuleWorker]
+    models: Path  # the folder in which the worker three has models
     loop: asyncio.AbstractEventLoop = field(repr=False, default_factory=asyncio.new_event_loop)
 
     @property

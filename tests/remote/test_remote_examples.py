@@ -38,7 +38,21 @@ def test_pipeline_training(served: Served, tmp_path: Path) -> None:
     assert len(losses) == 20 and losses[-1] < losses[0] / 1.3
 
 
-@pytest.mark.parametrize("name", ["remote_copy.py", "pipeline_training.py"])
+def test_data_parallel_training(served: Served, tmp_path: Path) -> None:
+    losses = run(served, "data_parallel_training.py", tmp_path, "one", "two", "three")
+    assert len(losses) == 20 and losses[-1] < losses[0] / 1.3
+
+
+def test_a_hugging_face_model_over_two_workers(served: Served, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    losses = run(served, "hf_over_two_workers.py", tmp_path)
+    assert len(losses) == 10 and losses[-1] < losses[0]
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 6 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    "name", ["remote_copy.py", "pipeline_training.py", "data_parallel_training.py", "hf_over_two_workers.py"]
+)
 def test_they_are_short(name: str) -> None:
     assert len((EXAMPLES / name).read_text().splitlines()) < 40
 

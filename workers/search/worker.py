@@ -108,6 +108,8 @@ class Index(Worker):
         """Reads the index; only then is its service announced. Raises ManifestError."""
         path = self._shard_of(self._path)
         if is_text(path):
+            if self._place not in (None, (0, 1)):
+                raise Refused(f"{path}: an index of texts has no shards; leave -o shard away")
             self._text = await asyncio.to_thread(TextIndex, path)
             self._services = (f"search:{self._name or self._text.manifest.name}",)
             self.identity = TEXTS
