@@ -145,7 +145,13 @@ def test_the_cache_of_a_stage_in_mib() -> None:
 
 
 def test_sizes_as_people_write_them() -> None:
-    for text, size in (("8GiB", 8 * GIB), ("1.5 MiB", 3 << 19), ("20GB", 20 * GB), ("9000000", 9_000_000), ("512kib", 512 << 10)):
+    for text, size in (
+        ("8GiB", 8 * GIB),
+        ("1.5 MiB", 3 << 19),
+        ("20GB", 20 * GB),
+        ("9000000", 9_000_000),
+        ("512kib", 512 << 10),
+    ):
         assert read_size(text) == size
     for wrong in ("", "GiB", "-1GiB", "8 gigs", "0", "1e9", "9" * 400, "2000000TiB", "0.5", "0.0001KiB", "8"):
         with pytest.raises(Refused, match="no amount of memory"):
