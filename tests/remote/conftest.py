@@ -14,7 +14,7 @@ from remote_served import NAMES, Served
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     models = tmp_path_factory.mktemp("copies")  # of the worker three alone
     ready, end = threading.Event(), asyncio.Event()

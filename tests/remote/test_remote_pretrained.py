@@ -41,7 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 FAMILIES = ["llama", "gpt2", "opt"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of each model."""
     found = tmp_path_factory.mktemp("models")
