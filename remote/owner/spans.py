@@ -250,23 +250,35 @@ def _described(config: Mapping[str, Any]) -> Any:
         raise Refused(f"transformers does not read this config of {family}: {cause}") from None
 
 
+class _Building(threading.local):
+    """Whether this thread makes a model without its weights."""
+
+    now = False
+
+
+_building = _Building()
+
+
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+    if parameter is None or not _building.now:  # the hook is of all threads
+        return None
+    return nn.Parameter(parameter.to("meta"))
+
+
+# once and for all: torch goes through its hooks without a lock, so none may come or go while a module is made elsewhere
+register_module_parameter_registration_hook(_to_meta)
+
+
 def _without_weights(described: Any, dtype: torch.dtype) -> Any:
     """The whole model without any weight: a parameter goes to the meta device as soon as it is made, so that buffers
     hold what the architecture computes for them."""
     from transformers import AutoModelForCausalLM
 
-    thread = threading.get_ident()
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-        if parameter is None or threading.get_ident() != thread:  # the hook is of all threads
-            return None
-        return nn.Parameter(parameter.to("meta"))
-
-    hook = register_module_parameter_registration_hook(to_meta)
+    _building.now = True
     try:
         return AutoModelForCausalLM.from_config(described, dtype=dtype).eval()
     finally:
-        hook.remove()
+        _building.now = False
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
