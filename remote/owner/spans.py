@@ -4,16 +4,15 @@ Masks, positions and all else that a layer asks for are the architecture's own: 
 are here, and what enters the first of them is put in its place.
 """
 
-import threading
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ...schema.errors import Refused
+from ...workers.engine.weightless import without_weights
 
 FAMILIES: Final = frozenset(
     ["opt", "gpt2", "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "stablelm", "olmo2"]
@@ -48,7 +47,7 @@ class Span(nn.Module):
             raise Refused(f"layers {first}:{last} of a model of {count} layers: give some that it has")
         self.first, self.last, self.count = first, last, count
         self._dtype = dtype
-        self.model = _without_weights(described, dtype)
+        self.model = without_weights(described, dtype)
         self._attention = str(described._attn_implementation)
         self.tied = bool(described.tie_word_embeddings)
         self._embedding = _name_of(self.model, self.model.get_input_embeddings()) + ".weight"
@@ -248,37 +247,6 @@ def _described(config: Mapping[str, Any]) -> Any:
     except Exception as error:  # whatever its validators raise
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise Refused(f"transformers does not read this config of {family}: {cause}") from None
-
-
-class _Building(threading.local):
-    """Whether this thread makes a model without its weights."""
-
-    now = False
-
-
-_building = _Building()
-
-
-def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-    if parameter is None or not _building.now:  # the hook is of all threads
-        return None
-    return nn.Parameter(parameter.to("meta"))
-
-
-# once and for all: torch goes through its hooks without a lock, so none may come or go while a module is made elsewhere
-register_module_parameter_registration_hook(_to_meta)
-
-
-def _without_weights(described: Any, dtype: torch.dtype) -> Any:
-    """The whole model without any weight: a parameter goes to the meta device as soon as it is made, so that buffers
-    hold what the architecture computes for them."""
-    from transformers import AutoModelForCausalLM
-
-    _building.now = True
-    try:
-        return AutoModelForCausalLM.from_config(described, dtype=dtype).eval()
-    finally:
-        _building.now = False
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
@@ -15,6 +13,7 @@ from .foreign import Probe
 from .hf import load_config
 from .layout import Layout
 from .model import ModelConfig
+from .weightless import without_weights
 
 _UNSTEADY = ("dynamic", "longrope")  # rotary positions that depend on how long the longest sequence of a batch is
 
@@ -42,10 +41,6 @@ class _Bypass(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.hidden if self._returned is None else (self.hidden, *[None] * (self._returned - 1))
-
-
-def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-    return None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 class Skeleton:
@@ -91,15 +86,10 @@ class Skeleton:
                 raise self._fail(f"has {kind} rotary positions, which change keys that are already cached")
 
     def _build(self, described: Any) -> Any:
-        """The whole model without any weight: each parameter goes to the meta device as soon as it is made, so that
-        buffers (rotary frequencies, slopes) hold what the architecture computes for them."""
-        hook = register_module_parameter_registration_hook(_to_meta)
         try:
-            return AutoModelForCausalLM.from_config(described, dtype=self._dtype).eval()
+            return without_weights(described, self._dtype).requires_grad_(False)
         except (ValueError, KeyError) as error:
             raise self._fail(f"is no language model to transformers ({str(error).splitlines()[0][:80]})") from None
-        finally:
-            hook.remove()
 
     def _find_layers(self) -> tuple[nn.Module, str]:
         """The module that holds the list of layers, and its name there: the outermost list of so many modules."""
