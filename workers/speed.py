@@ -1,5 +1,6 @@
 """How fast a device of this machine reads weights: a matrix-vector product by the clock. Knows no model."""
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -7,11 +8,11 @@ from typing import Any, Final
 import numpy as np
 
 SIDE: Final = 4096  # rows and columns of the fp32 matrix: 64 MiB, beyond every cache
-TIMES: Final = 7
+TIMES: Final = 15
 
 
 def measured(device: str = "cpu") -> float:
-    """GB (1e9 bytes) of weights that a device reads in a second for one token; takes about 0.1 s.
+    """GB (1e9 bytes) of weights that a device reads in a second for one token; takes about 0.2 s.
 
     On the CPU with the threads that this process's BLAS has (OMP_NUM_THREADS), on others with torch. Decoding one token
     multiplies each weight once, so this bounds tokens/s (the memory wall: Pope et al. 2022, "Efficiently scaling
@@ -19,7 +20,7 @@ def measured(device: str = "cpu") -> float:
     """
     product = _on_cpu() if device == "cpu" else _with_torch(device)
     product()
-    return SIDE * SIDE * 4 / min(_seconds(product) for _ in range(TIMES)) / 1e9  # what else runs now passes
+    return SIDE * SIDE * 4 / statistics.median(_seconds(product) for _ in range(TIMES)) / 1e9
 
 
 def _seconds(product: Callable[[], Any]) -> float:

@@ -13,8 +13,8 @@ from typing import Final
 from .model import Load
 from .slots import Slot
 
-STEP: Final = 0.0003  # seconds that a stage spends on a token beside its layers: a hop and its scheduling
-LAYER: Final = 0.0002  # seconds of a layer that are not spent on reading its weights
+STEP: Final = 0.0008  # seconds that a stage spends on a token beside its layers: a hop and its scheduling
+LAYER: Final = 4_000_000  # bytes that a device could read while it does what a layer needs beside reading its weights
 STATES: Final = 1 << 13  # sets of devices that are looked at; where there are more, see `_reached_by_many`
 
 Reach = list[int]  # by first layer: the last (exclusive) that the device may hold from there on
@@ -49,7 +49,7 @@ class Task:
         """Of one token on these layers."""
         if first >= last:
             return 0.0
-        return STEP + LAYER * (last - first) + self.load.read(first, last) / (slot.speed * 1e9)
+        return STEP + (self.load.read(first, last) + LAYER * (last - first)) / (slot.speed * 1e9)
 
     def beyond(self, layer: int) -> int:
         """The first layer from there on that is to be placed."""

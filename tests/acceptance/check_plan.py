@@ -5,7 +5,7 @@ import shutil
 import statistics
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from checks import Line, check
 from plan.test_plan_spans import INSTANCES, every_split, instance, slowest
 from ralmq.schema.plan.plan import Plan, make_plan
 from ralmq.schema.plan.slots import Slot
-from ralmq.schema.plan.spans import best_spans
+from ralmq.schema.plan.spans import Task, best_spans
 from ralmq.workers.speed import measured
 from ralmq.workers.weigh import weigh
 from serving import broker, free_url, worker
@@ -23,17 +23,18 @@ from timing import Ours, gpt2, prompts
 
 HERE = Path(__file__).parent
 TOKENS = 60
-ROUNDS = 3
+ROUNDS = 5
 MEMORY = 4 << 30
 SHARE = 0.20  # by which a prediction may miss
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Tokens/s: of one sequence, and of two at each stage."""
+    """Medians: tokens/s of one sequence, and of one at each stage; GB/s of this machine between those runs."""
 
     alone: float
     together: float
+    speed: float
 
 
 @check
@@ -50,7 +51,7 @@ async def planner_against_brute_force(folder: Path) -> AsyncIterator[Line]:
 
 
 async def run(folder: Path, path: Path, plan: Plan, factors: dict[str, float]) -> Measured:
-    """The plan's stages as processes, slowed by their factors; medians of some runs."""
+    """The plan's stages as processes, slowed by their factors, and the machine's speed in turn with them."""
     url = free_url()
     with ExitStack() as stack:
         stack.enter_context(broker(folder, url))
@@ -62,9 +63,13 @@ async def run(folder: Path, path: Path, plan: Plan, factors: dict[str, float]) -
             first = [np.array([5, 6], np.int32)]
             await client.request(f"lm:{MODEL}", {"max_tokens": 4}, tensors=first, wait_service=120, deadline=180)
             ours, stages = Ours(client), len(plan.used)
-            alone = [(await ours.run(prompts(1, 8), TOKENS)).rate for _ in range(ROUNDS)]
-            together = [(await ours.run(prompts(stages, 8), TOKENS)).rate for _ in range(ROUNDS)]
-    return Measured(statistics.median(alone), statistics.median(together))
+            alone, together, speeds = [], [], []
+            for _ in range(ROUNDS):
+                speeds.append(await asyncio.to_thread(measured))
+                alone.append((await ours.run(prompts(1, 8), TOKENS)).rate)
+                speeds.append(await asyncio.to_thread(measured))
+                together.append((await ours.run(prompts(stages, 8), TOKENS)).rate)
+    return Measured(statistics.median(alone), statistics.median(together), statistics.median(speeds))
 
 
 def planned(path: Path, speed: float, factors: dict[str, float]) -> Plan:
@@ -72,9 +77,14 @@ def planned(path: Path, speed: float, factors: dict[str, float]) -> Plan:
     return make_plan(weigh(str(path)), slots, kv_tokens=256)
 
 
-async def settled_speed() -> float:
-    """GB/s of this machine, the best of some measurements."""
-    return max([await asyncio.to_thread(measured) for _ in range(5)])
+def at(speed: float, plan: Plan, factors: dict[str, float]) -> Plan:
+    """The same spans as this machine's speed was while they were measured."""
+    task = Task(plan.load, (), 0, plan.load.layers)
+    shares = []
+    for share in plan.used:
+        slot = replace(share.slot, speed=speed / factors[share.slot.name])
+        shares.append(replace(share, slot=slot, seconds=task.seconds(slot, share.first, share.last)))
+    return replace(plan, shares=tuple(shares))
 
 
 @check
@@ -83,16 +93,16 @@ async def prediction(folder: Path) -> AsyncIterator[Line]:
     path = gpt2()
     shutil.copy(HERE / "slowed_stage.py", folder)
     for factors in ({"a": 1.0}, {"a": 2.0, "b": 4.0}, {"a": 3.0, "b": 3.0, "c": 6.0}):
-        speed = await settled_speed()
-        plan = planned(path, speed, factors)
+        plan = planned(path, measured(), factors)
         counts = spans_of(plan)
         if len(factors) == 3:
             yield Line("layers of 3 machines slowed 3, 3 and 6 times", "unequal", f"{counts}", len(set(counts)) > 1)
         found = await run(folder, path, plan, factors)
+        predicted = at(found.speed, plan, factors)
         slow = ", ".join(f"{factor:g}" for factor in factors.values())
         for what, told, got in (
-            ("one sequence", plan.alone, found.alone),
-            (f"{len(plan.used)} sequences", plan.together, found.together),
+            ("one sequence", predicted.alone, found.alone),
+            (f"{len(plan.used)} sequences", predicted.together, found.together),
         ):
             off = got / told - 1
             line = f"slowed {slow}, spans {counts}, {what}: tokens/s measured, of what was predicted"
