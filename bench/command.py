@@ -16,22 +16,28 @@ from ..schema.errors import RalmqError
 
 def run(
     name: str,
-    bench: Callable[[bool], Awaitable[list[Any]]],
+    bench: Callable[..., Awaitable[list[Any]]],
     show: Callable[[list[Any], Console], None],
     arguments: Sequence[str] | None,
+    *,
+    model: bool = False,
 ) -> int:
     """`ralmq bench NAME [--quick] [--json]`: exit code 0, or 1 where it failed.
 
     Args:
-        bench: measures, shorter where its argument is True; returns dataclasses.
+        bench: called with `quick`, True for a shorter run; returns dataclasses.
         show: prints them as a table.
+        model: whether `bench` is called with a `model` as well, which `--model DIR` names instead of the embedded one.
     """
     parser = argparse.ArgumentParser(prog=f"ralmq bench {name}")
     parser.add_argument("--quick", action="store_true", help="shorter, rougher")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    if model:
+        parser.add_argument("--model", default="demo", help="a model directory with a tokenizer")
     options = parser.parse_args(arguments)
+    given = {"model": options.model} if model else {}
     try:
-        rows = asyncio.run(_measured(bench, options.quick))
+        rows = asyncio.run(_measured(bench(quick=options.quick, **given)))
     except RalmqError as error:
         print(error, file=sys.stderr)
         return 1
@@ -42,5 +48,5 @@ def run(
     return 0
 
 
-async def _measured(bench: Callable[[bool], Awaitable[list[Any]]], quick: bool) -> list[Any]:
-    return await bench(quick)
+async def _measured(bench: Awaitable[list[Any]]) -> list[Any]:
+    return await bench

@@ -221,7 +221,7 @@ def show(rows: Sequence[Any], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """See command.run."""
-    return run("engine", lambda quick: bench(quick=quick), show, arguments)
+    return run("engine", bench, show, arguments)
 
 
 if __name__ == "__main__":

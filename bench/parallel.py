@@ -4,20 +4,18 @@ Knows the client's API. The clusters run at once and are measured in turn, as in
 CPU: ranks share its cores and its memory, and each layer waits twice for the slowest of them.
 """
 
-import argparse
 import os
 import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ..client.client import Client, connect
-from ..cluster.local import local_cluster
+from ..cluster.local import flags, local_cluster
 from ..workers.engine.config import read_config
 from ..workers.engine.shard import fits
 from ..workers.models import resolve
@@ -58,7 +56,7 @@ async def bench(model: str = "demo", *, quick: bool = False) -> list[Row]:
         clients: dict[tuple[int, int], Client] = {}
         for stages, ranks in layouts:
             given = [f"model={model}", f"tp={ranks}"]
-            extra = [["stage", *_flags(f"stage={place}/{stages}", *given)] for place in range(stages)]
+            extra = [["stage", *flags(f"stage={place}/{stages}", *given)] for place in range(stages)]
             cluster = await stack.enter_async_context(local_cluster(model=model, stages=0, extra=extra))
             clients[stages, ranks] = await stack.enter_async_context(connect(cluster.url))
             await generated(clients[stages, ranks], name, 2, 8)  # the first steps allocate
@@ -69,10 +67,6 @@ async def bench(model: str = "demo", *, quick: bool = False) -> list[Row]:
         Row(stages, ranks, n, statistics.median(taken), ratio(taken, rates[1, 1, n]))
         for (stages, ranks, n), taken in rates.items()
     ]
-
-
-def _flags(*pairs: str) -> list[str]:
-    return [flag for pair in pairs for flag in ("-o", pair)]
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
@@ -88,15 +82,8 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """See command.run; `--model DIR` measures that model instead of the embedded one."""
-    parser = argparse.ArgumentParser(prog="ralmq bench parallel", add_help=False)
-    parser.add_argument("--model", default="demo", help="a model directory with a tokenizer")
-    options, others = parser.parse_known_args(arguments)
-
-    async def measured(quick: bool) -> list[Any]:
-        return list(await bench(options.model, quick=quick))
-
-    return run("parallel", measured, show, others)
+    """See command.run."""
+    return run("parallel", bench, show, arguments, model=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Knows the client's API. The clusters run at once and are measured in turn, many 
 machine does hits all alike; a ratio is the median over the rounds of the ratio within a round.
 """
 
-import argparse
 import asyncio
 import os
 import statistics
@@ -139,11 +138,8 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """See command.run; `--model DIR` measures that model instead of the embedded one."""
-    parser = argparse.ArgumentParser(prog="ralmq bench pipeline", add_help=False)
-    parser.add_argument("--model", default="demo", help="a model directory with a tokenizer")
-    options, others = parser.parse_known_args(arguments)
-    return run("pipeline", lambda quick: bench(options.model, quick=quick), show, others)
+    """See command.run."""
+    return run("pipeline", bench, show, arguments, model=True)
 
 
 if __name__ == "__main__":

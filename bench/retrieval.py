@@ -119,7 +119,7 @@ def show(rows: Sequence[Row | Searches], console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """See command.run."""
-    return run("retrieval", lambda quick: bench(quick=quick), show, arguments)
+    return run("retrieval", bench, show, arguments)
 
 
 if __name__ == "__main__":

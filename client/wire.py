@@ -22,6 +22,7 @@ LAST: Final = int(zmq.NOBLOCK)  # as plain numbers: `|` of two flags costs more 
 MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 READABLE: Final = int(zmq.POLLIN)
 WRITABLE: Final = int(zmq.POLLIN | zmq.POLLOUT)
+EVENTS: Final = int(zmq.EVENTS)
 LOOKS: Final = 2  # messages of a pass that are looked for first: finding none by an exception costs four times that
 BATCH: Final = 64  # messages a pass, so that timers and other tasks get their turn
 BROKEN: Final = 3  # handshakes that break off one after another, before that means something
@@ -41,6 +42,27 @@ LINGER_MS: Final = 500
 RECONNECT_MS: Final = 50
 RECONNECT_MAX_MS: Final = 500
 CONNECT_MS: Final = 2000  # else TCP itself tries again ever more rarely where packets are dropped
+
+
+def plain(socket: "zmq.Socket[bytes]") -> tuple[Any, Any, Callable[[], int]]:
+    """recv, send and the events of a socket at the C level: the wrappers around them cost as much as they do."""
+    found: Any = super(zmq.Socket, cast(Any, socket))
+    return found.recv, found.send, partial(found.get, EVENTS)
+
+
+def received(receive: Any) -> list[Any]:
+    """The frames of one message, at most one more than allowed, which shows that there were too many.
+
+    Raises:
+        zmq.Again: there is none.
+    """
+    frame = receive(LAST, False)
+    frames = [frame.buffer]
+    while frame.more:
+        frame = receive(LAST, False)
+        if len(frames) <= MAX_FRAMES:
+            frames.append(frame.buffer)
+    return frames
 
 
 class Wire:
@@ -96,9 +118,7 @@ class Wire:
             self._socket.setsockopt(zmq.CURVE_SERVERKEY, key.broker.encode())
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret.encode())
-        # the methods of the C level: the wrappers around them cost as much as they do
-        plain: Any = super(zmq.Socket, cast(Any, self._socket))
-        self._recv, self._send, self._events = plain.recv, plain.send, partial(plain.get, int(zmq.EVENTS))
+        self._recv, self._send, self._events = plain(self._socket)
         self._monitor = self._socket.get_monitor_socket(WATCHED)  # before the first connection, which may fail at once
         self._names = Names(url, self._moved, nameless)
         self._address = ""  # what libzmq is told
@@ -184,12 +204,7 @@ class Wire:
                 if number < LOOKS and not self._events() & READABLE:
                     more = False
                     break
-                frame = receive(LAST, False)
-                frames = [frame.buffer]
-                while frame.more:
-                    frame = receive(LAST, False)
-                    if len(frames) <= MAX_FRAMES:  # one more than allowed shows that there were too many
-                        frames.append(frame.buffer)
+                frames = received(receive)
                 self._failures = MET
                 self._take(frames)
                 if self._socket.closed:

@@ -44,18 +44,19 @@ async def local_cluster(
         async with Cluster(directory, bind=bind, insecure=insecure) as cluster:
             for place in range(stages):
                 options = (f"model={model}", f"stage={place}/{stages}", f"threads={threads}")
-                await cluster.spawn("stage", *_flags(*options), name=f"stage-{place}", threads=threads)
+                await cluster.spawn("stage", *flags(*options), name=f"stage-{place}", threads=threads)
             if generator:
-                await cluster.spawn("generator", *_flags(f"model={model}"))
+                await cluster.spawn("generator", *flags(f"model={model}"))
                 if start_of(resolve(model)[1]) is not None:  # an encoder-decoder
-                    await cluster.spawn("t5-encoder", *_flags(f"model={model}", f"threads={threads}"), threads=threads)
+                    await cluster.spawn("t5-encoder", *flags(f"model={model}", f"threads={threads}"), threads=threads)
             for path in indexes:
-                await cluster.spawn("index", *_flags(f"index={path}"))
+                await cluster.spawn("index", *flags(f"index={path}"))
             for worker, *arguments in extra:
                 await cluster.spawn(worker, *arguments)
             await cluster.ready(within)
             yield cluster
 
 
-def _flags(*pairs: str) -> list[str]:
+def flags(*pairs: str) -> list[str]:
+    """Options `-o key=value` of a worker's command line."""
     return [flag for pair in pairs for flag in ("-o", pair)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ from ..index.progress import Progress, silent
 from ..index.writer import OWN_FILES, check_name, write_vectors
 from ..texts.passages import passages
 from .build import in_thread
+from .flight import several_at_once
 from .sources import Document, SourceError
 
 AT_ONCE: Final = 64  # texts of a request
@@ -87,26 +87,19 @@ async def embedded(
     parts: list[NDArray[np.float32] | None] = [None] * -(-len(texts) // AT_ONCE)
     done = 0
 
-    async def work(waiting: Iterator[int]) -> None:
+    async def encode(part: int) -> None:
         nonlocal done
-        for part in waiting:
-            some = list(texts[part * AT_ONCE : (part + 1) * AT_ONCE])
-            reply = await client.request(f"embed:{encoder}", {"texts": some}, deadline=_DEADLINE, retries=_RESENDS)
-            found = np.array(vectors_of(reply), np.float32)
-            if found.ndim != 2 or len(found) != len(some):
-                raise WorkerFailed(f"embed:{encoder} gave no vector for each text: is another program serving it?")
-            parts[part] = found
-            done += len(some)
-            progress("encode", done, len(texts))
+        some = list(texts[part * AT_ONCE : (part + 1) * AT_ONCE])
+        reply = await client.request(f"embed:{encoder}", {"texts": some}, deadline=_DEADLINE, retries=_RESENDS)
+        found = np.array(vectors_of(reply), np.float32)
+        if found.ndim != 2 or len(found) != len(some):
+            raise WorkerFailed(f"embed:{encoder} gave no vector for each text: is another program serving it?")
+        parts[part] = found
+        done += len(some)
+        progress("encode", done, len(texts))
 
-    todo = iter(range(len(parts)))
     progress("encode", 0, len(texts))
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(IN_FLIGHT):
-                group.create_task(work(todo))
-    except ExceptionGroup as several:
-        raise several.exceptions[0] from None
+    await several_at_once(IN_FLIGHT, range(len(parts)), encode)
     made = [part for part in parts if part is not None]
     if len({part.shape[1] for part in made}) > 1:
         raise WorkerFailed(f"embed:{encoder} became another model while it was asked; start again")

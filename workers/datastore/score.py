@@ -5,8 +5,7 @@ Knows the shape of that conversation; no torch, no faiss.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from ...client.results import Reply
 from ...schema.errors import Refused, WorkerFailed
 from ..index.progress import Progress, silent
 from ..index.stream import TokenStream
+from .flight import several_at_once
 from .windows import Window, windows
 
 MAX_WINDOW = 1024
@@ -97,24 +97,18 @@ async def score(
     todo = windows(stream, size, size // 4 if overlap is None else overlap)
     done = 0
 
-    async def work(waiting: Iterator[Window]) -> None:
+    async def ask(window: Window) -> None:
         nonlocal done
-        for window in waiting:
-            answer = await _ask(client, model, stream.tokens[window.start : window.stop])
-            if answer.info != info:
-                raise ScoreError(f"lm:{model} became another model while it was asked; start again")
-            row = int(np.searchsorted(entries, window.start + window.keep))
-            hidden[row : row + window.count] = answer.hidden[window.keep :]
-            logp[row : row + window.count] = answer.logp[window.keep :]
-            done += window.count
-            progress("score", done, len(entries))
+        answer = await _ask(client, model, stream.tokens[window.start : window.stop])
+        if answer.info != info:
+            raise ScoreError(f"lm:{model} became another model while it was asked; start again")
+        row = int(np.searchsorted(entries, window.start + window.keep))
+        hidden[row : row + window.count] = answer.hidden[window.keep :]
+        logp[row : row + window.count] = answer.logp[window.keep :]
+        done += window.count
+        progress("score", done, len(entries))
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(in_flight):
-                group.create_task(work(todo))
-    except ExceptionGroup as several:
-        raise several.exceptions[0] from None
+    await several_at_once(in_flight, todo, ask)
     return Scored(info, stream, entries, hidden, logp)
 
 

@@ -6,23 +6,16 @@ import errno
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any
 
 import zmq
 
-from ...client.wire import LOOKS
+from ...client.wire import BATCH, HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, LAST, LOOKS, READABLE, plain, received
 from ...schema.errors import Malformed, Refused
-from ...schema.limits import MAX_FRAMES, MAX_MESSAGE
+from ...schema.limits import MAX_MESSAGE
 from ...schema.message import Direct
 from .address import here
 from .memory import MARK, UNREAD, Views
-
-BATCH: Final = 64  # messages a pass, so that timers and other tasks get their turn
-LAST: Final = int(zmq.NOBLOCK)
-READABLE: Final = int(zmq.POLLIN)
-EVENTS: Final = int(zmq.EVENTS)
-HEARTBEAT_MS: Final = 500
-HEARTBEAT_TIMEOUT_MS: Final = 2000
 
 
 class Door:
@@ -94,9 +87,8 @@ class Door:
             socket.close(0)
             raise
         self._sockets.append(socket)
-        # the methods of the C level: the wrappers around them cost as much as they do
-        plain: Any = super(zmq.Socket, cast(Any, socket))
-        pump = partial(self._pump, socket, plain.recv, partial(plain.get, EVENTS))
+        receive, _, events = plain(socket)
+        pump = partial(self._pump, socket, receive, events)
         self._pumps[socket] = pump
         self._loop.add_reader(socket.fileno(), pump)
         self._soon(socket)
@@ -119,13 +111,7 @@ class Door:
                     more = False
                     break
                 sender = receive(LAST)
-                frame = receive(LAST, False)
-                frames = [frame.buffer]
-                while frame.more:
-                    frame = receive(LAST, False)
-                    if len(frames) <= MAX_FRAMES:
-                        frames.append(frame.buffer)
-                self._arrived(socket, sender, frames)
+                self._arrived(socket, sender, received(receive))
                 if self._closed:
                     return
         except zmq.Again:
