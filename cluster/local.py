@@ -5,8 +5,12 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
+from ..schema.plan.model import LARGEST
+from ..schema.plan.plan import make_plan
+from ..schema.plan.slots import Slot
 from ..workers.generator.encdec import start_of
 from ..workers.models import resolve
+from ..workers.weigh import weigh
 from .cluster import LOOPBACK, READY_WITHIN, Cluster
 
 
@@ -28,7 +32,8 @@ async def local_cluster(
 
     Args:
         model: a model directory, or "demo".
-        stages: the model's layers are split evenly over so many processes; 0 for none.
+        stages: the model's layers are split over so many processes, so that none has much longer than the others; 0 for
+            none.
         indexes: index directories, a server each.
         extra: further workers, such as ["echo", "-o", "name=e"].
         directory: for the logs; without one they are gone at the end.
@@ -42,8 +47,8 @@ async def local_cluster(
         if directory is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ralmq-")))
         async with Cluster(directory, bind=bind, insecure=insecure) as cluster:
-            for place in range(stages):
-                options = (f"model={model}", f"stage={place}/{stages}", f"threads={threads}")
+            for place, part in enumerate(parts(model, stages)):
+                options = (f"model={model}", part, f"threads={threads}")
                 await cluster.spawn("stage", *flags(*options), name=f"stage-{place}", threads=threads)
             if generator:
                 await cluster.spawn("generator", *flags(f"model={model}"))
@@ -55,6 +60,19 @@ async def local_cluster(
                 await cluster.spawn(worker, *arguments)
             await cluster.ready(within)
             yield cluster
+
+
+def parts(model: str, stages: int) -> list[str]:
+    """The option of each stage that says which layers it has, for processes that are as fast as each other.
+
+    The head counts as what it is: of a small model with many tokens it takes as long as several layers.
+    """
+    if stages > 1:
+        alike = [Slot("stage", LARGEST)] * stages
+        used = make_plan(weigh(model), alike, ordered=True).used
+        if len(used) == stages:
+            return [f"layers={share.first}:{share.last}" for share in used]
+    return [f"stage={place}/{stages}" for place in range(stages)]
 
 
 def flags(*pairs: str) -> list[str]:
