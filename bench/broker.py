@@ -15,10 +15,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
 from .load import LoadFailed, NoCompiler, Tally, load_command
-from .report import show
+from .report import Check, Report, Row, show
 from .systems import ASYNCIO, BROKER, POLLED, PROXY, RALMQ, Cpu, System, busy_seconds, commands
 
 SIZES = (0, 4 << 10, 64 << 10, 1 << 20)
@@ -33,67 +33,6 @@ class Sample:
 
     tally: Tally
     cpu: Cpu
-
-
-@dataclass
-class Row:
-    """One payload size: medians over the rounds, by system.
-
-    Attributes:
-        rate: round trips a second.
-        ratio: rate of ralmq divided by that of the other.
-        main_cpu_us, other_cpu_us: CPU time of the broker a round trip, of its main thread and of its I/O thread.
-    """
-
-    size: int
-    label: str
-    window: int
-    rate: dict[str, float] = field(default_factory=dict)
-    ratio: dict[str, float] = field(default_factory=dict)
-    ratios: dict[str, list[float]] = field(default_factory=dict)
-    main_cpu_us: dict[str, float] = field(default_factory=dict)
-    other_cpu_us: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Check:
-    """A bound; `required` is False for a target that is only printed beside what was measured."""
-
-    name: str
-    bound: str
-    measured: float
-    ok: bool
-    required: bool = True
-
-
-@dataclass
-class Report:
-    """What `ralmq bench broker` found; `ok` is False where a required bound is missed.
-
-    Attributes:
-        cores_in_use: how many cores were at work while nothing was measured: above some tenths, the figures are rough.
-    """
-
-    load: str
-    load_note: str
-    cores: int
-    rounds: int
-    seconds: float
-    rows: list[Row]
-    idle_cpu_percent: dict[str, float]
-    cores_in_use: float
-    faults: dict[str, int]
-    notes: list[str]
-    checks: list[Check]
-    bench: str = "broker"
-
-    @property
-    def ok(self) -> bool:
-        return all(check.ok for check in self.checks if check.required)
-
-    def document(self) -> dict[str, object]:
-        """Plain data, for JSON."""
-        return asdict(self) | {"ok": self.ok}
 
 
 def measure(system: System, place: int, seconds: float) -> Sample:

@@ -19,8 +19,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .broker import Check
-from .command import run
 from .engines import (
     MOST,
     VOCAB,
@@ -32,7 +30,7 @@ from .engines import (
     transformers,
     write_model,
 )
-from .report import checks_table
+from .report import Check, checks_table
 
 BATCHES = (1, 4, 8, 16)
 PROMPT = 16  # tokens

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from ralmq.bench import engine, engines
-from ralmq.bench.broker import Check
+from ralmq.bench.report import Check
 from rich.console import Console
 
 
