@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .command import run
 from .engines import (
     MOST,
     VOCAB,
