@@ -9,6 +9,7 @@ import typer
 
 from ..schema.address import DEFAULT_BROKER
 from ..schema.errors import NoService, Refused
+from ..schema.limits import MAX_DEADLINE_MS
 from .shared import Broker, Json, Keys, print_json, run
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ async def _map(
     from ..client.client import connect
     from ..client.mapping import map_rows
 
+    if not 0 < deadline < MAX_DEADLINE_MS / 1000 or not wait_service >= 0:
+        raise Refused(f"--deadline {deadline:g} --wait-service {wait_service:g}: give seconds above 0, and from 0 on")
     async with connect(url) as client:
         capacity = await _capacity(client, service, wait_service)
         with _progress() as told:

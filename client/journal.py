@@ -37,6 +37,8 @@ class Rows:
         self.path = path
         self.count = 0
         digest = hashlib.sha256()
+        if path.exists() and not path.is_file():
+            raise Refused(f"{path}: is read more than once: name a file, no pipe or folder")
         try:
             with path.open("rb") as file:
                 for number, line in enumerate(file, 1):
@@ -49,21 +51,29 @@ class Rows:
         self.digest = digest.hexdigest()
 
     def __iter__(self) -> Generator[tuple[int, dict[str, Any]], None, None]:
-        """Each row's number, from 0 on, and its object."""
-        row = 0
+        """Each row's number, from 0 on, and its object.
+
+        Raises:
+            Refused: at the end: it is not the file any more that was counted.
+        """
+        row, digest = 0, hashlib.sha256()
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
+                digest.update(line)
                 if line.strip() and row < self.count:
                     yield row, self._object(number, line)
                 if line.strip():
                     row += 1
-        if row != self.count:
-            raise Refused(f"{self.path}: has changed while it was read: leave it alone until the end")
+        if digest.hexdigest() != self.digest:
+            raise Refused(
+                f"{self.path}: has changed while it was read, and answers may be of other rows: "
+                "remove the journal beside the output, and begin anew"
+            )
 
     def _object(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             found = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refused(f"{self.path}: line {number}: no JSON ({error}): write one object a line") from None
         if not isinstance(found, dict):
             raise Refused(f'{self.path}: line {number}: no object: write one a line, as {{"text": "hi"}}')
@@ -82,6 +92,8 @@ class Journal:
     """
 
     def __init__(self, target: Path, rows: Rows, job: str) -> None:
+        if target.is_dir() or not target.name:
+            raise Refused(f"{target}: is a folder: name a file in it")
         self._target, self._source = target, rows.path
         self.path = target.with_name(target.name + SUFFIX)
         self._job = {"input": rows.digest, "rows": rows.count, "job": job}
@@ -144,7 +156,7 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Refused(f"{self.path}: another run is writing it: wait for its end") from None
-        if not self.path.exists():
+        if not os.fstat(self._file.fileno()).st_nlink:
             raise Refused(f"{self.path}: another run has just ended: see its output")
         with self.path.open("rb") as lines:
             first = lines.readline()
@@ -154,6 +166,8 @@ class Journal:
                 for line in lines:
                     if not self._known(line):
                         break  # torn, where the run before was killed: that row was not done
+            elif not (_FIRST + b"\t").startswith(first[: len(_FIRST) + 1]):
+                self._check(first)
         if self._target.exists() and self.done < len(self._places):
             raise Refused(f"{self._target}: is there already: remove it, or name another file")
         self._file.truncate(self._end)
@@ -198,10 +212,17 @@ class Journal:
         self.failed += failed
 
     def _append(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
-        os.fsync(self._file.fileno())
+        """Behind what is there; all of it, or nothing: half a line would be in the way of the next one."""
+        begin = self._file.tell()
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[self._file.write(view) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._file.truncate(begin)
+            self._file.seek(begin)
+            raise
 
     def _settle(self) -> None:
         """The folder's own entry on the disk."""
@@ -213,7 +234,10 @@ class Journal:
 
 
 def _written(document: Any) -> bytes:
-    return json.dumps(plain(document), ensure_ascii=False).encode()
+    try:
+        return json.dumps(plain(document), ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a character of two, which only an escape can hold
+        return json.dumps(plain(document)).encode()
 
 
 def plain(value: Any) -> Any:

@@ -75,7 +75,7 @@ async def map_rows(
         before = journal.done
         told(journal.done, journal.failed, rows.count)
         await _Job(client, ask, rows, journal, strict, told).run(concurrency)
-        await asyncio.to_thread(journal.finish)
+        await _whole(journal.finish)
         return Mapped(rows.count, journal.failed, before)
 
 
@@ -145,17 +145,22 @@ class _Job:
         missing = self._rows.count - self._journal.done
         while missing:
             records = [await self._answers.get(), *self._left()]
-            writing = asyncio.ensure_future(asyncio.to_thread(self._journal.add, records))
-            try:
-                await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                await writing  # a half-written line would be in the way of the next one
-                raise
+            await _whole(self._journal.add, records)
             missing -= len(records)
             self._told(self._journal.done, self._journal.failed, self._rows.count)
 
     def _left(self) -> list[tuple[int, Any, bool]]:
         return [self._answers.get_nowait() for _ in range(self._answers.qsize())]
+
+
+async def _whole(write: Callable[..., None], *arguments: Any) -> None:
+    """Writes in a thread, to the end even where this is cancelled: the file is still this run's until then."""
+    writing = asyncio.ensure_future(asyncio.to_thread(write, *arguments))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await writing
+        raise
 
 
 def _document(answer: Any) -> Any:

@@ -135,12 +135,12 @@ class Home:
         self.straight = Straight(lost=self._gone)
 
     def _gone(self, near: str) -> None:
-        for peer in self._peers.values():
+        for peer in list(self._peers.values()):  # another thread may add one
             if peer.near == near:
                 peer.lose(WorkerLost(f"the worker {peer.name} has ended, and what it held with it"))
 
     async def _leave(self) -> None:
-        for peer in self._peers.values():
+        for peer in list(self._peers.values()):
             await peer.leave()
         self.straight.close()
         await self.client.__aexit__(None, None, None)

@@ -138,6 +138,11 @@ VALUES: Final = frozenset(
     ]
     + [f"Tensor.{name}" for name in ["tolist", "element_size", "is_contiguous", "ndimension", "nelement"]]
 )
+# the size of whose result is no matter of tensors
+SIZED: Final = frozenset(
+    [f"torch.{name}" for name in ("arange", "eye", "full", "linspace", "logspace", "ones", "tile", "zeros")]
+    + [f"Tensor.{name}" for name in ("new_full", "new_ones", "new_zeros", "repeat", "tile")]
+)
 _SEVERAL = _words("""
 aminmax chunk cummax cummin dsplit hsplit kthvalue median mode nanmedian slogdet sort split svd tensor_split topk
 unbind vsplit std_mean var_mean meshgrid

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 
@@ -13,21 +13,10 @@ from ..schema.errors import Refused
 from .chunks import Piece
 from .owner.optimizers import KINDS
 from .peer import Handle, Pending
-from .proxy import RemoteModule, downloaded, uploaded
+from .proxy import RemoteModule, Several, downloaded, uploaded
 from .values import pack
 
 EPSILON: Final = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
-
-
-class Several(Protocol):
-    """What is made of several modules on workers.
-
-    Attributes:
-        alike: they are replicas of one.
-    """
-
-    proxies: list[RemoteModule]
-    alike: bool
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -35,7 +24,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     Args:
         kind: sgd or adamw.
-        proxies: modules on any workers, models of `from_pretrained`, DataParallel.
+        proxies: modules on any workers, as a list; models of `from_pretrained`, DataParallel.
         options: of the class of torch of that name.
 
     Raises:
@@ -45,6 +34,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def __init__(self, kind: str, proxies: Sequence[RemoteModule | Several], lr: float, **options: Any) -> None:
         if kind not in KINDS:
             raise Refused(f"there is no optimizer {kind}: use {' or '.join(KINDS)}")
+        if any(isinstance(value, torch.Tensor) for value in (lr, *options.values())):
+            raise Refused("settings of an optimizer are numbers here, not tensors: give lr.item()")
         stand_in = torch.zeros(1, requires_grad=True)
         make: Any = KINDS[kind]
         known = inspect.signature(make).parameters
@@ -61,6 +52,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
         for pending in made:
             pending.result()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The one group that there is; another is refused: make one more optimizer."""
+        if self.param_groups:
+            raise Refused("an optimizer over workers has one group: make one more optimizer for the other modules")
+        super().add_param_group(param_group)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every worker, with the settings of `param_groups[0]`; returns when all have stepped."""
         loss = None
@@ -74,6 +71,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for handle in self._there:
+            if not set_to_none:
+                handle.peer.quiet(grads=True)
             handle.peer.ask("zero_all", {"of": handle.number, "to_none": set_to_none})
 
     def clip_grad_norm(self, max_norm: float, local: Iterable[torch.Tensor] = ()) -> float:
@@ -91,6 +90,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         norm = math.sqrt(squares)
         factor = float(max_norm) / (norm + EPSILON)
         if factor < 1:
+            for handle in self._there:
+                handle.peer.quiet(grads=True)
             self._all("scale", factor=factor)
             for grad in own:
                 grad.mul_(factor)
@@ -169,7 +170,14 @@ class _Module:
 
 
 def _told_apart(proxies: Sequence[RemoteModule | Several]) -> Iterator[_Module]:
+    if not isinstance(proxies, Sequence):
+        raise Refused("an optimizer takes a list of modules on workers: put this one into [ ]")
     for place, given in enumerate(proxies):
+        if not isinstance(given, RemoteModule) and not isinstance(getattr(given, "proxies", None), list):
+            raise Refused(
+                f"an optimizer takes whole modules on workers, not a {type(given).__name__}: freeze() parameters, "
+                f"or make one optimizer for each group of modules"
+            )
         if isinstance(given, RemoteModule):
             yield _Module(given, f"{place}.")
         elif given.alike:

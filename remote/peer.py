@@ -25,18 +25,24 @@ if TYPE_CHECKING:
 LASTING: Final = 4_000_000.0  # seconds of a session: no deadline
 FREE: Final = 0.25  # seconds after which handles are freed where no call goes there
 RETURN: Final = 3.0  # seconds that a worker has to come back to a broker that was lost
+FREED: Final = 16_384  # handles that are freed with one call
 UNDER_WAY: Final = 512  # calls through the broker at a time
 Answer = tuple[dict[str, Any], Sequence[Tensor]]
 
 
 class Handle:
-    """A value on a worker; freed there when nobody has it any more."""
+    """A value on a worker; freed there when nobody has it any more.
 
-    __slots__ = ("__weakref__", "number", "peer")
+    Attributes:
+        of_grad: it is a gradient of the worker's own, which changes with later ones.
+    """
+
+    __slots__ = ("__weakref__", "number", "of_grad", "peer")
 
     def __init__(self, peer: "Peer", number: int) -> None:
         self.peer = peer
         self.number = number
+        self.of_grad = False
         weakref.finalize(self, peer.freed.append, number).atexit = False
 
     def ref(self, reader: "Peer") -> Ref:
@@ -67,13 +73,14 @@ class Pending:
         """
         seconds = self.peer.home.deadline if within is None else within
         try:
-            return self.future.result(seconds)
+            answer = self.future.result(seconds)
         except Late:
-            if self.future.done():
-                raise
             raise DeadlineExceeded(
                 f"{self.peer.name} did not answer within {seconds:g} s: raise the deadline, or see `ralmq status`"
             ) from None
+        if "error" in answer[0]:
+            raise raised(answer[0]["error"])  # each time a new one: it keeps the frames that it goes through alive
+        return answer
 
     def end(self, outcome: Answer | Exception) -> None:
         """In the event loop."""
@@ -83,8 +90,6 @@ class Pending:
         with contextlib.suppress(Exception):  # an awaiting task gave it up
             if isinstance(outcome, Exception):
                 self.future.set_exception(outcome)
-            elif "error" in outcome[0]:
-                self.future.set_exception(raised(outcome[0]["error"]))
             else:
                 self.future.set_result(outcome)
 
@@ -148,9 +153,11 @@ class Peer:
             self.home.soon(lambda: self._send(body, tensors, pending))
         return pending
 
-    def quiet(self) -> None:
-        """Returns once nobody reads what lies here: it is about to change."""
+    def quiet(self, *, grads: bool = False) -> None:
+        """Returns once nobody reads what lies here, or what lies here of gradients: it is about to change."""
         for pending in list(self.reads):
+            if grads and not any(handle.of_grad and handle.peer is self for handle in pending.keeps):
+                continue
             with contextlib.suppress(Exception):  # whoever uses it is told
                 pending.result()
 
@@ -225,6 +232,8 @@ class Peer:
                 self.home.straight.ask(self.near, body, tensors, lambda end: self._straight(body, pending, end))
             except Malformed as error:
                 self._failed(body, pending, error)
+            except RalmqError as error:  # its door is none
+                self._ended(pending, error)
         else:
             task = self.home.loop.create_task(self._brokered(body, tensors, pending))
             self._tasks.add(task)
@@ -236,8 +245,12 @@ class Peer:
         else:
             self._came(pending, end)
 
-    def _failed(self, body: dict[str, Any], pending: Pending, error: Malformed) -> None:
+    def _failed(self, body: dict[str, Any], pending: Pending, error: RalmqError) -> None:
         """What does not fit into a message has a number all the same: in its place comes why its value does not."""
+        if body["v"] == "fail":
+            self._ended(pending, error)
+            self.lose(WorkerLost(f"a call to {self.name} is lost, for which others wait: copy its modules again"))
+            return
         kept = ("c", "n", "out", "wants", "free", "forget")
         self._send({**{key: body[key] for key in kept if key in body}, "v": "fail", "said": told(error)}, (), pending)
 
@@ -252,12 +265,13 @@ class Peer:
             except NoService as error:
                 self._ended(pending, WorkerLost(f"{self.name} is lost: {error.message}"))
             except Malformed as error:
-                if body["v"] == "fail":
-                    self._ended(pending, error)
-                else:
-                    self._failed(body, pending, error)
+                self._failed(body, pending, error)
             except RalmqError as error:
                 self._ended(pending, error)
+                if self.error is None:  # it may not have come there, and those behind it wait for its number
+                    later = Pending(self, ())
+                    self._pending.add(later)
+                    self._failed(body, later, error)
 
     def _came(self, pending: Pending, end: Any) -> None:
         if isinstance(end, RalmqError):
@@ -274,9 +288,8 @@ class Peer:
     def _take_freed(self, body: dict[str, Any]) -> None:
         for name, numbers in (("free", self.freed), ("forget", self.forgotten)):
             if numbers:
-                count = len(numbers)  # others are added by finalizers at any moment
-                body[name] = numbers[:count]
-                del numbers[:count]
+                body[name] = numbers[:FREED]  # others are added by finalizers at any moment
+                del numbers[: len(body[name])]
 
     def _swept(self) -> None:
         if self.error is None:

@@ -71,9 +71,11 @@ class Pipeline:
             micro_batches: parts that the rows are cut into.
 
         Raises:
-            Refused: fewer rows than micro-batches.
+            Refused: fewer rows than micro-batches, or inputs that require grad.
         """
         rows = len(inputs)
+        if inputs.requires_grad:
+            raise Refused("a pipeline gives its inputs no gradients: detach() them, or make their origin a stage")
         if not 0 < micro_batches <= rows or len(targets) != rows:
             raise Refused(f"{rows} rows with {len(targets)} targets cannot be cut into {micro_batches} micro-batches")
         run = _Run(self._stages, self._loss, inputs.tensor_split(micro_batches), targets.tensor_split(micro_batches))
@@ -134,7 +136,7 @@ class _Run:
             self._losses[m] = self._losses[m].detach()
         record = self._outputs.pop((stage, m)).record
         assert record is not None
-        self._under_way.append(record.back(tag=action.tag)[0])
+        self._under_way.append(record.back(tag=action.tag))
 
     def finish(self) -> float:
         """Waits for all of it; the loss."""

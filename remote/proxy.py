@@ -21,6 +21,35 @@ from .values import pack
 AHEAD = 2  # messages of tensors on their way
 
 
+class Several:
+    """Modules on workers that change their mode together.
+
+    Attributes:
+        proxies: the modules.
+        alike: they are replicas of one.
+    """
+
+    proxies: list["RemoteModule"]
+    alike: bool
+
+    def train(self, mode: bool = True) -> Self:
+        for proxy in self.proxies:
+            proxy.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        return self.train(False)
+
+    def requires_grad_(self, flag: bool = True) -> Self:
+        for proxy in self.proxies:
+            proxy.requires_grad_(flag)
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for proxy in self.proxies:
+            proxy.zero_grad(set_to_none)
+
+
 class RemoteModule:
     """A module on a worker. Called like one, it gives remote tensors.
 
@@ -81,17 +110,17 @@ class RemoteModule:
     def eval(self) -> Self:
         return self.train(False)
 
-    def freeze(self, names: Iterable[str] = ()) -> Self:
-        """These parameters get no gradient any more; all of them where none is named."""
+    def freeze(self, names: Iterable[str] | None = None) -> Self:
+        """These parameters, or all of them, get no gradient any more."""
         return self.requires_grad_(False, names)
 
-    def requires_grad_(self, flag: bool = True, names: Iterable[str] = ()) -> Self:
-        names = list(names)
+    def requires_grad_(self, flag: bool = True, names: Iterable[str] | None = None) -> Self:
+        names = list(self._flags if names is None else names)
         unknown = set(names) - set(self._flags)
         if unknown:
             raise KeyError(f"{self!r} has no parameter {sorted(unknown)[0]}")
         self.ask("trains", flag=flag, names=names)
-        self._flags.update(dict.fromkeys(names or self._flags, flag))
+        self._flags.update(dict.fromkeys(names, flag))
         return self
 
     def changed(self, parameters: Iterable[Sequence[Any]]) -> None:
@@ -99,6 +128,8 @@ class RemoteModule:
         self._flags = {name: bool(flag) for name, flag in parameters}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        if not set_to_none:
+            self.peer.quiet(grads=True)
         self.ask("zero", to_none=set_to_none)
 
     # -- its tensors

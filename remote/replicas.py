@@ -9,14 +9,14 @@ import torch
 from ..schema.errors import Refused
 from . import graph
 from .operators import scaled
-from .owner.replicas import bunches
+from .owner.replicas import bunches, parts_of
 from .peer import Handle, Pending
-from .proxy import RemoteModule
+from .proxy import RemoteModule, Several
 from .tensor import RemoteTensor, launch
 from .values import Ref, pack
 
 
-class DataParallel:
+class DataParallel(Several):
     """Equal modules on different workers, called as one.
 
     Called, it gives each replica its rows of the batch and the results of all, joined on the first worker. In each
@@ -60,12 +60,13 @@ class DataParallel:
             args = tuple(_scaled(value, 1 / factor) for value in args)
             kwargs = {name: _scaled(value, 1 / factor) for name, value in kwargs.items()}
         results = self.each(args, kwargs)
-        if recording:
-            results = [launch(found.handle.peer, "op", {"op": "scaled"}, [(found, factor), {}]) for found in results]
-            for found in results:
-                if self._sync and found.token is not None:
-                    found.token.register_hook(self._passed)
-        return launch(results[0].handle.peer, "op", {"op": "joined"}, [(results,), {}])
+        peer = results[0].handle.peer
+        found = launch(peer, "op", {"op": "joined"}, [(results,), {}])
+        if found.token is not None:
+            found = launch(peer, "op", {"op": "scaled"}, [(found, factor), {}])
+            if self._sync and found.token is not None:
+                found.token.register_hook(self._passed)
+        return found
 
     def each(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[RemoteTensor]:
         """The result of each replica for its rows, where it lies."""
@@ -100,26 +101,15 @@ class DataParallel:
         for pending in self._averaging():
             pending.result()
 
-    def train(self, mode: bool = True) -> Self:
-        for proxy in self.proxies:
-            proxy.train(mode)
-        return self
-
-    def eval(self) -> Self:
-        return self.train(False)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for proxy in self.proxies:
-            proxy.zero_grad(set_to_none)
-
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The first replica's; they are equal."""
+        """The first replica's: parameters are equal everywhere, buffers each one's own."""
         return self.proxies[0].state_dict()
 
-    def requires_grad_(self, flag: bool = True, names: Iterable[str] = ()) -> Self:
-        names = list(names)
+    def requires_grad_(self, flag: bool = True, names: Iterable[str] | None = None) -> Self:
+        """These parameters of each replica, or all, train or do not."""
+        chosen = None if names is None else list(names)
         for proxy in self.proxies:
-            proxy.requires_grad_(flag, names)
+            proxy.requires_grad_(flag, chosen)
         return self
 
     # -- inside
@@ -129,11 +119,8 @@ class DataParallel:
         task = graph.task()
         if self._task != task:
             self._task = task
+            graph.passing()  # what the pass itself raises comes first
             graph.at_the_end(self.average)
-
-    def _bunches(self, sizes: list[int], **fields: Any) -> Iterator[dict[str, Any]]:
-        for first, last in bunches(sizes):
-            yield {"first": first, "last": last, **fields}
 
     def _averaging(self) -> list[Pending]:
         flags = [proxy.flags for proxy in self.proxies]
@@ -141,12 +128,18 @@ class DataParallel:
             raise Refused("replicas no longer train the same parameters: use DataParallel.requires_grad_")
         trained = [self._sizes[name] for name, flag in flags[0].items() if flag]
         asked: list[Pending] = []
-        for run in self._bunches(trained):
+        for first, last in bunches(trained):
+            run: dict[str, Any] = {"first": first, "last": last}
+            count = parts_of(sum(trained[first:last]), len(self.proxies))
             laid = []
             for proxy in self.proxies:
-                parts = [proxy.peer.handle() for _ in self.proxies]
+                parts = [proxy.peer.handle() for _ in range(count)]
                 asked.append(proxy.ask("lay", wants=[part.number for part in parts], **run))
                 laid.append(parts)
+            if count == 1:
+                whole = [part for (part,) in laid]
+                asked += [_with(proxy, "take", whole, whole=True, **run) for proxy in self.proxies]
+                continue
             means = []
             for place, proxy in enumerate(self.proxies):
                 mean = proxy.peer.handle()
@@ -159,8 +152,9 @@ class DataParallel:
         """Gives the first replica's weights and buffers to the others."""
         first, *others = self.proxies
         asked: list[Pending] = []
-        for run in self._bunches(sizes, weights=True):
-            parts = [first.peer.handle() for _ in range(run["first"], run["last"])]
+        for begin, end in bunches(sizes):
+            run: dict[str, Any] = {"first": begin, "last": end, "weights": True}
+            parts = [first.peer.handle() for _ in range(begin, end)]
             asked.append(first.ask("lay", wants=[part.number for part in parts], **run))
             asked += [_with(proxy, "take", parts, **run) for proxy in others]
         for pending in asked:

@@ -16,7 +16,7 @@ from .operators import IN_PLACE, METHODS, OPERATORS, SET, SEVERAL, VALUES, name_
 from .peer import Handle, Peer, Pending
 from .values import DTYPES, Ref, opened, pack
 
-NO_GRAD: Final = {"Tensor.detach", "torch.detach"}
+NO_GRAD: Final = {"Tensor.detach", "torch.detach", *VALUES}
 Function = Callable[..., Any]
 
 
@@ -58,7 +58,7 @@ def launch(peer: Peer, verb: str, fields: dict[str, Any], args: Any, *, trainabl
     if not grad:
         return RemoteTensor(handle, pending, slot, None)
     record = Record(peer, handle.number, slot, inputs)
-    return RemoteTensor(handle, pending, slot, graph.recorded(record, tokens), record)
+    return RemoteTensor(handle, pending, slot, graph.recorded(record, tokens, trainable), record)
 
 
 def to_worker(tensor: Any, worker: str, *, broker: str | None = None) -> "RemoteTensor":
@@ -158,6 +158,10 @@ class RemoteTensor:
     def requires_grad(self) -> bool:
         return self.token is not None and bool(self._tensor(4))
 
+    @requires_grad.setter
+    def requires_grad(self, flag: bool) -> None:
+        self.requires_grad_(flag)
+
     @property
     def is_leaf(self) -> bool:
         return self.token is None or self.slot.leaf is not None
@@ -169,7 +173,14 @@ class RemoteTensor:
             return None
         handle = self.handle.peer.handle()
         pending = self.handle.peer.ask("gradient", {"of": self.handle.number, "out": handle.number})
+        handle.of_grad = True
         return None if pending.result()[0]["is"] == ["v", None] else RemoteTensor(handle, pending, Slot(), None)
+
+    @grad.setter
+    def grad(self, value: None) -> None:
+        if value is not None:
+            raise TypeError("a remote gradient can be set to None alone: backward(gradient) adds one")
+        self.handle.peer.ask("no_gradient", {"of": self.handle.number})
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
@@ -205,9 +216,19 @@ class RemoteTensor:
         return namedtuple("result", found[2])(*parts) if found[2] else tuple(parts)
 
     def __repr__(self) -> str:
-        done = self.made.future.done() and not self.made.future.exception()
-        known = f", shape={list(self.shape)}, dtype={self.dtype}" if done and self.told()[0] == "x" else ""
+        known = ""
+        if self.made.future.done():
+            try:
+                known = f", shape={list(self.shape)}, dtype={self.dtype}" if self.told()[0] == "x" else ""
+            except Exception as error:
+                known = f", failed: {type(error).__name__}"
         return f"RemoteTensor(worker={self.worker!r}{known})"
+
+    def __format__(self, form: str) -> str:
+        """As torch has it: of a tensor without dimensions its value is formatted."""
+        if self.told()[0] == "x" and not self.shape:
+            return format(self.item(), form)
+        return object.__format__(self, form)
 
     # -- moving it
 
@@ -220,10 +241,10 @@ class RemoteTensor:
         self.check()
         pending = self._fetching()
         seconds = self.handle.peer.home.deadline if deadline is None else deadline
-        try:
-            return opened(*await asyncio.wait_for(asyncio.wrap_future(pending.future), seconds))
-        except TimeoutError:
-            raise DeadlineExceeded(f"{self.worker} did not answer within {seconds:g} s: raise the deadline") from None
+        await asyncio.wait([asyncio.wrap_future(pending.future)], timeout=seconds)
+        if not pending.future.done():
+            raise DeadlineExceeded(f"{self.worker} did not answer within {seconds:g} s: raise the deadline")
+        return opened(*pending.result())
 
     def to_here(self, deadline: float | None = None) -> Any:
         """Its values, here; gradients of what is made of them find their way back."""
@@ -270,8 +291,9 @@ class RemoteTensor:
             return self
         if not flag and self.token is not None and self.slot.leaf is None:
             raise RuntimeError("you can only change requires_grad flags of leaf variables.")
-        self.made = self.handle.peer.ask("require", {"of": self.handle.number, "flag": flag})
-        self.made.result()
+        made = self.handle.peer.ask("require", {"of": self.handle.number, "flag": flag})
+        made.result()
+        self.made = made
         self.slot = Slot(self.handle if flag else None)
         self.token = graph.content_free() if flag else None
         return self
@@ -295,12 +317,16 @@ class RemoteTensor:
     @classmethod
     def __torch_function__(cls, function: Function, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = name_of(function)
+        if function in (torch.autograd.grad, torch.autograd.backward):
+            raise TypeError("gradients of remote tensors: call loss.backward(), and read them in .grad of the leaves")
         if name is None:
             called = getattr(function, "__name__", function)
             raise TypeError(f"{called} runs on no worker: fetch the tensor with to_here()")
         return _operate(name, tuple(args), dict(kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
+        if isinstance(own := getattr(type(self), name, None), property):
+            return own.__get__(self)  # it raised what its call raised there, an AttributeError: raise that
         if name not in METHODS or f"Tensor.{name}" not in OPERATORS:
             raise AttributeError(f"a remote tensor has no {name}: fetch the tensor with to_here()")
 
@@ -324,6 +350,10 @@ class RemoteTensor:
         return _operate("Tensor.mT", (self,), {})  # type: ignore[no-any-return]
 
     __hash__ = object.__hash__
+    __array_ufunc__ = None  # numpy leaves operators to this class
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a remote tensor is no array: fetch it with to_here()")
 
 
 def _add_operators() -> None:

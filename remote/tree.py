@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from ..schema.errors import RalmqError, Refused
 from .classes import CONTAINERS, arguments, wire_name
-from .values import DTYPES, PLAIN
+from .values import DTYPES, PLAIN, leaves
 
 DEPTH: Final = 64
 _HOOKS: Final = (
@@ -155,7 +155,9 @@ def _tree(module: nn.Module, path: str, depth: int) -> dict[str, Any]:
         raise Refused(f"{kind.__qualname__} is defined within a function{where}: put it into a module")
     if kind in CONTAINERS:
         children = {
-            key: _tree(part, f"{path}.{key}".strip("."), depth + 1) for key, part in module._modules.items() if part
+            key: _tree(part, f"{path}.{key}".strip("."), depth + 1)
+            for key, part in module._modules.items()
+            if part is not None
         }
         return {"class": name, "children": children}
     try:
@@ -226,6 +228,8 @@ def _compare(module: nn.Module, likeness: nn.Module, path: str = "") -> None:
     for name, value in vars(module).items():
         if name.startswith("_") or name in _NEVER:
             continue
+        if leaves(value):
+            raise Refused(f"{where}.{name}, a tensor, does not travel: make it a parameter, or use register_buffer")
         if not _same(value, vars(likeness).get(name, _NEVER)):
             raise Refused(f"{where}.{name} does not travel: its constructor does not set it to {value!r:.60}")
     for name, part in module._modules.items():

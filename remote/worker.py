@@ -28,6 +28,7 @@ from .straight import Straight
 from .values import Ref, pack
 
 GRACE: Final = 30.0  # seconds for which a caller's values outlive the broker
+SERVICE: Final = "module:"
 PULL: Final = 600.0  # seconds that another worker is given to make a value and send it
 
 
@@ -56,7 +57,7 @@ class ModuleWorker(Worker):
     ) -> None:
         if not name:
             raise Refused("a module worker needs a name: give -o name=NAME")
-        self.service = f"module:{name}"
+        self.service = f"{SERVICE}{name}"
         self.capacity = capacity
         self.identity = f"process {os.urandom(8).hex()}"  # what it holds no other has
         try:
@@ -200,9 +201,11 @@ class ModuleWorker(Worker):
             done(error)
 
     async def _brokered(self, ref: Ref, body: dict[str, Any]) -> Pulled:
+        if not ref.service.startswith(SERVICE):  # the caller's own rights may be fewer than this worker's
+            return Refused("a value on what is no module worker")
         try:
             reply = await self.host.client.request(ref.service, body, deadline=PULL)
-        except RalmqError as error:
+        except Exception as error:  # whatever it is, the call waits for an end
             return error
         return _checked(reply.body, reply.tensors)
 

@@ -8,11 +8,11 @@ from typing import Any, Final, Self
 import torch
 
 from ...schema.errors import Refused
-from ..proxy import RemoteModule
+from ..proxy import RemoteModule, Several
 from ..tensor import RemoteTensor
 from . import lora
 from .placing import Place
-from .sampling import choose
+from .sampling import check, choose
 
 IGNORED: Final = -100  # a label that counts nothing
 ROWS: Final = 64 << 20  # bytes of a head's rows that travel as one
@@ -37,7 +37,7 @@ class Output:
     past: tuple[RemoteTensor, ...] = ()
 
 
-class RemoteLanguageModel:
+class RemoteLanguageModel(Several):
     """Spans of one model on workers, in order. Made by `from_pretrained`.
 
     Attributes:
@@ -79,13 +79,14 @@ class RemoteLanguageModel:
         """Logits of ids [b, n]; hidden states go from worker to worker, nothing comes here. Returns at once.
 
         Args:
+            input_ids: a tensor, here or on any worker, or lists of ids.
             attention_mask: [b, past + n]: 1 for tokens, 0 for what pads.
             labels: [b, n]: the ids again; the loss is that of each next one, but for those that are -100.
             past: of the output of the tokens before, which were called with `use_cache`.
             keep: logits of so many last tokens alone; of all for 0.
         """
         return self._forward(
-            input_ids,
+            input_ids if isinstance(input_ids, RemoteTensor) else torch.as_tensor(input_ids),
             self._given(attention_mask=attention_mask, position_ids=position_ids),
             self._given(
                 use_cache=use_cache or bool(past),
@@ -116,13 +117,20 @@ class RemoteLanguageModel:
         Tokens are chosen on the last worker and go from there to the first; they come here for the test of an end.
 
         Args:
-            attention_mask: [b, n]: 0 where a row is padded, on the left.
+            input_ids: [b, n], or [n] of a single row.
+            attention_mask: of the same shape: 0 where a row is padded, on the left.
             temperature, top_k, top_p, seed: see `sampling.choose`; temperature 0 takes the most likely token.
             eos_ids: a row ends with one of these, and is filled up with the first of them; the model's own where not
                 given. With () nothing ends before `max_new_tokens`.
+
+        Raises:
+            Refused: a mask that pads on the right, or settings by which nothing can be chosen.
         """
         ids = torch.as_tensor(input_ids)
         ids = ids[None] if ids.ndim == 1 else ids
+        attention_mask = _checked(attention_mask, ids)
+        check(temperature, top_k, top_p)
+        top_k = min(top_k, int(self.config.get("vocab_size") or top_k))
         ends = torch.tensor(list(self.eos_ids if eos_ids is None else eos_ids), dtype=torch.long)
         generator = torch.Generator().manual_seed(seed)
         head = [piece.to_worker(self.proxies[-1].worker) for piece in self._head()]
@@ -165,23 +173,6 @@ class RemoteLanguageModel:
         for proxy, whole in zip(self.proxies, self._whole, strict=True):
             for name, parameter in proxy.named_parameters():
                 yield whole[name], parameter
-
-    def train(self, mode: bool = True) -> Self:
-        for proxy in self.proxies:
-            proxy.train(mode)
-        return self
-
-    def eval(self) -> Self:
-        return self.train(False)
-
-    def requires_grad_(self, flag: bool = True) -> Self:
-        for proxy in self.proxies:
-            proxy.requires_grad_(flag)
-        return self
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for proxy in self.proxies:
-            proxy.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model's own weights, here, without adapters, under the names that its files have."""
@@ -292,6 +283,20 @@ class RemoteLanguageModel:
         rows, width = weight.shape
         step = max(1, ROWS // (width * weight.dtype.itemsize))
         return [weight[begin : begin + step] for begin in range(0, rows, step)]
+
+
+def _checked(mask: Any, ids: torch.Tensor) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    found = torch.as_tensor(mask).long()
+    found = found[None] if found.ndim == 1 else found
+    if found.shape != ids.shape:
+        raise Refused(f"attention_mask is {list(found.shape)} for ids of {list(ids.shape)}: give it the same shape")
+    if not bool(found[:, -1:].all()):
+        raise Refused(
+            "attention_mask: a row is padded on the right, where its next token would follow: pad on the left"
+        )
+    return found
 
 
 def _loss(logits: RemoteTensor, labels: torch.Tensor) -> RemoteTensor:

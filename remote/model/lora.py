@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ...schema.errors import Refused
@@ -24,7 +25,9 @@ ATTENTION: Final = ["q_proj", "v_proj"]
 _UNKNOWN: Final = (
     "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform",
     "layer_replication", "megatron_config", "trainable_token_indices", "exclude_modules", "target_parameters",
+    "use_qalora", "lora_bias", "alora_invocation_tokens", "arrow_config",
 )  # fmt: skip
+_CHANGING: Final = ("pissa", "olora", "corda", "loftq")  # first values of adapters that change the model, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +66,16 @@ def add(
     Raises:
         Refused: none is.
     """
-    family = str(model.config.get("model_type"))
-    wanted = TARGETS.get(family, ATTENTION) if targets is None else targets
-    told = [proxy.ask("linears") for proxy in model.proxies]
-    found = [pending.result()[0]["linears"] for pending in told]
-    chosen = [[layer for layer in layers if matches(layer[1], wanted)] for layers in found]
-    if not any(chosen):
-        some = sorted({layer[1].rpartition(".")[2] for layers in found for layer in layers})
-        raise Refused(f"target_modules={wanted!r} names no linear layer: there are {', '.join(some)}")
+    if (
+        type(r) is not int
+        or type(seed) is not int
+        or not all(isinstance(each, int | float) for each in (alpha, dropout))
+    ):
+        raise Refused(
+            f"r={r!r}, lora_alpha={alpha!r}, lora_dropout={dropout!r}, seed={seed!r}: give numbers, r and seed whole"
+        )
+    wanted = TARGETS.get(str(model.config.get("model_type")), ATTENTION) if targets is None else targets
+    chosen = _chosen(model, wanted)
     asked = []
     for proxy, layers in zip(model.proxies, chosen, strict=True):
         names = [layer[0] for layer in layers]
@@ -80,6 +85,28 @@ def add(
         model.adapted(number, pending.result()[0])
     kept = wanted if isinstance(wanted, str) else list(wanted)
     return Adapter(r, alpha, dropout, kept, any(layer[2] for layers in chosen for layer in layers))
+
+
+def _chosen(model: "RemoteLanguageModel", wanted: Sequence[str] | str) -> list[list[Any]]:
+    """Of each span the layers that are meant: name there, name in the whole model, whether transposed.
+
+    Raises:
+        Refused: none is, or one that can have no adapter.
+    """
+    told = [pending.result()[0] for pending in [proxy.ask("linears") for proxy in model.proxies]]
+    try:
+        chosen = [[layer for layer in each["linears"] if matches(layer[1], wanted)] for each in told]
+        heads = [each["head"] for each in told if each["head"] and wanted != ALL and matches(each["head"], wanted)]
+    except (TypeError, re.error) as error:
+        raise Refused(f"target_modules={wanted!r}: give ends of names, or a regular expression ({error})") from None
+    if heads:
+        raise Refused(
+            f"target_modules={wanted!r}: {heads[0]}, which gives the logits, can have no adapter: leave it out"
+        )
+    if not any(chosen):
+        some = sorted({layer[1].rpartition(".")[2] for each in told for layer in each["linears"]})
+        raise Refused(f"target_modules={wanted!r} names no linear layer: there are {', '.join(some)}")
+    return chosen
 
 
 def save(model: "RemoteLanguageModel", folder: Path) -> None:
@@ -122,15 +149,25 @@ def load(model: "RemoteLanguageModel", folder: Path) -> None:
         Refused: no adapters, of another kind, or of other layers.
     """
     config, tensors = _read(folder)
+    if model.adapter is None:  # which it stays where they do not fit
+        _compare(folder, config["r"], _chosen(model, config["target_modules"]), tensors)
     model.add_adapter(config["r"], config["lora_alpha"], config["target_modules"], config.get("lora_dropout") or 0.0)
     names = [model.adapter_names(number) for number in range(len(model.proxies))]
-    wanted = {PREFIX + whole for known in names for whole in known.values()}
-    if wanted != set(tensors):
-        odd = sorted(wanted ^ set(tensors))[0]
-        raise Refused(f"{folder / WEIGHTS}: its layers are not those of this model ({odd})")
     for proxy, known in zip(model.proxies, names, strict=True):
         if known:
             proxy.load_state_dict({name: tensors[PREFIX + whole] for name, whole in known.items()}, strict=False)
+
+
+def _compare(folder: Path, r: Any, chosen: list[list[Any]], tensors: dict[str, Any]) -> None:
+    """Raises Refused where the tensors are not those of adapters of these layers."""
+    wanted = {}
+    for _, whole, _, (rows, columns) in [layer for layers in chosen for layer in layers]:
+        wanted[f"{PREFIX}{whole}.lora_A.weight"] = [r, columns]
+        wanted[f"{PREFIX}{whole}.lora_B.weight"] = [rows, r]
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if odd:
+        raise Refused(f"{folder / WEIGHTS}: its layers are not those of this model, or of another rank ({odd[0]})")
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -141,8 +178,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         odd = next((name for name in _UNKNOWN if config.get(name)), None)
         if odd is not None or config.get("bias", "none") != "none":
             raise Refused(f"{folder / CONFIG}: {odd or 'bias'} is not read; save plain LORA adapters")
+        first = str(config.get("init_lora_weights")).lower()
+        if first.startswith(_CHANGING):
+            raise Refused(
+                f"{folder / CONFIG}: adapters that began as {first} are of a changed model: convert them in peft"
+            )
         for name in ("r", "lora_alpha", "target_modules"):
             config[name]
         return config, load_file(folder / WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise Refused(f"{folder}: holds no adapters as peft saves them ({error})") from None

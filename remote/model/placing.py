@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 from ...schema.errors import Refused
 from ...schema.plan.model import Load, Model
@@ -55,6 +55,8 @@ def placed(
     Raises:
         Refused: they do not fit, with by how much; or a run of layers that is none.
     """
+    if kv_tokens < 0:
+        raise Refused(f"kv_tokens={kv_tokens}: give 0 or more")
     edges = _edges(len(model.layers), no_split)
     kept = Load(model, kv_tokens)
     layers = tuple(sum(model.layers[a:b]) + kept.cache(a, b) for a, b in pairwise(edges))
@@ -88,7 +90,7 @@ def _edges(layers: int, no_split: Sequence[tuple[int, int]]) -> list[int]:
     """Where a cut may be, 0 and the number of layers among them."""
     within: set[int] = set()
     for run in no_split:
-        if isinstance(run, str) or len(run) != 2 or not 0 <= run[0] < run[1] <= layers:
+        if not _is_run(run) or not 0 <= run[0] < run[1] <= layers:
             raise Refused(
                 f"no_split={run!r}: a layer is never split; give runs of layers to keep together, as (0, 2) of {layers}"
             )
@@ -96,7 +98,13 @@ def _edges(layers: int, no_split: Sequence[tuple[int, int]]) -> list[int]:
     return [edge for edge in range(layers + 1) if edge not in within]
 
 
+def _is_run(run: Any) -> bool:
+    return isinstance(run, Sequence) and len(run) == 2 and all(type(edge) is int for edge in run)
+
+
 def _bytes(name: str, size: Size) -> int:
+    if type(size) not in (int, str):
+        raise Refused(f"{name}: {size!r} is no memory: give whole bytes, or a text as 8GiB")
     try:
         found = size if isinstance(size, int) else read_size(size)
     except Refused as error:

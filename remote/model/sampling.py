@@ -4,6 +4,18 @@ from typing import Any
 
 import torch
 
+from ...schema.errors import Refused
+
+
+def check(temperature: float, top_k: int, top_p: float) -> None:
+    """Raises Refused for settings by which nothing can be chosen."""
+    if not 0 <= temperature < float("inf") or (temperature and not 1 / temperature < float("inf")):
+        raise Refused(f"temperature={temperature}: give 0 for the most likely token, or more")
+    if type(top_k) is not int or top_k < 0:
+        raise Refused(f"top_k={top_k}: give 0 for all tokens, or how many")
+    if not 0 < top_p <= 1:
+        raise Refused(f"top_p={top_p}: give more than 0, 1 at most")
+
 
 def choose(logits: Any, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, draws: Any = None) -> Any:
     """Token ids [b] of logits [b, vocab].

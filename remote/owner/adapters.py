@@ -21,7 +21,7 @@ class Adapted(nn.Module):
 
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float, generator: torch.Generator) -> None:
         super().__init__()
-        rows, columns = _shape(base)
+        rows, columns = shape_of(base)
         weight: Tensor = base.get_parameter("weight")
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.base_layer = base
@@ -90,7 +90,7 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__module__ == "transformers.pytorch_utils"
 
 
-def _shape(base: nn.Module) -> tuple[int, int]:
+def shape_of(base: nn.Module) -> tuple[int, int]:
     """Out and in."""
     rows, columns = base.get_parameter("weight").shape
     return (columns, rows) if transposed(base) else (rows, columns)

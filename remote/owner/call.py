@@ -1,6 +1,6 @@
 """One call as it came: its fields, its arguments as torch sees them, and what gradients need to know of them."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ class Call:
         pulled: values of other workers among the arguments, or what kept them from coming.
         missing: how many of them are still to come.
         inputs: of each handle, and each tensor that requires grad, among the arguments, the leaves of its tensors.
+        kind: calls of one kind take about equally long.
     """
 
     body: dict[str, Any]
@@ -32,6 +33,7 @@ class Call:
     pulled: dict[Key, Any] = field(default_factory=dict)
     missing: int = 0
     inputs: list[list[torch.Tensor]] = field(default_factory=list)
+    kind: Hashable = None
 
     @property
     def out(self) -> int:

@@ -15,11 +15,12 @@ from ..failures import raised
 from ..operators import IN_PLACE, OPERATORS
 from ..values import leaves, mapped, pack
 from .call import Call
-from .table import Node
+from .table import Failed, Node
 
 Answer = tuple[dict[str, Any], list[Any]]
 Grads = list[torch.Tensor | None]
 PLAIN = (bool, int, float, str)
+GROWING = frozenset(["operator.lshift", "operator.mod", "operator.mul", "operator.pow"])
 
 
 def described(value: Any) -> list[Any]:
@@ -60,7 +61,18 @@ def operate(call: Call) -> Answer:
     function = OPERATORS.get(name)
     if function is None:
         raise AttributeError(f"{name[:200]} runs on no worker: fetch the tensor with to_here()")
+    if name in GROWING:
+        function = _of_tensors(name, function)
     return _run(call, _out_of_place(call, function) if name in IN_PLACE and call.body.get("grad") else function)
+
+
+def _of_tensors(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*args: Any) -> Any:
+        if not leaves(args):  # a power of two whole numbers may take all memory, and no thread runs until it ends
+            raise TypeError(f"{name} of plain values runs on no worker: fetch them with to_here()")
+        return function(*args)
+
+    return checked
 
 
 def forward(call: Call) -> Answer:
@@ -86,7 +98,7 @@ def _run(call: Call, function: Callable[..., Any]) -> Answer:
     if grad:
         with torch.enable_grad():
             value = function(*args, **kwargs)
-        call.table.nodes[call.out] = Node(leaves(value), call.inputs)
+        call.table.nodes[call.out] = Node(leaves(value), call.inputs, call.kind)
     else:
         with torch.no_grad():
             value = function(*args, **kwargs)
@@ -122,6 +134,8 @@ def back(call: Call) -> Answer:
             "Trying to backward through the graph a second time (or a call that was made without gradients): "
             "specify retain_graph=True the first time"
         )
+    if isinstance(node, Failed):
+        raise raised(node.said)
     retain = bool(call.body.get("retain"))
     if not retain:
         del call.table.nodes[number]
@@ -134,9 +148,12 @@ def back(call: Call) -> Answer:
         for output, grad in zip(node.outputs, grads, strict=True)
         if output.requires_grad and (root or grad is not None)
     ]
-    if pairs:
+    # a pass that is after other gradients leaves those of the module alone
+    leaves_here = [leaf for found in node.inputs for leaf in found if leaf.requires_grad]
+    ends = None if call.body.get("own", True) else leaves_here
+    if pairs and ends != []:
         outputs, given = zip(*pairs, strict=True)
-        torch.autograd.backward(outputs, given, retain_graph=retain)
+        torch.autograd.backward(outputs, given, retain_graph=retain, inputs=ends)
     here: list[torch.Tensor] = []
     for want, found in zip(call.numbers("wants"), node.inputs, strict=True):
         grads = [_taken(leaf) for leaf in found]
@@ -187,6 +204,11 @@ def gradient(call: Call) -> Answer:
     return {"is": described(found)}, []
 
 
+def no_gradient(call: Call) -> Answer:
+    call.table.value(call.number("of")).grad = None
+    return {}, []
+
+
 def require(call: Call) -> Answer:
     """Makes a value a leaf that requires grad, or one that does not."""
     value = call.table.value(call.number("of"))
@@ -221,6 +243,7 @@ VERBS: dict[str, Callable[[Call], Answer]] = {
     "back": back,
     "accumulate": accumulate,
     "gradient": gradient,
+    "no_gradient": no_gradient,
     "require": require,
     "fetch": fetch,
     "executed": executed,

@@ -69,7 +69,10 @@ def _plain(value: Any) -> Any:
 def kept(call: Call, module: nn.Module) -> Answer:
     device = call.body.get("device")
     try:
-        module.to(torch.device(device) if isinstance(device, str) and device else call.device)
+        place = torch.device(device) if isinstance(device, str) and device else call.device
+        if place.type == "meta":
+            raise Refused("the device meta holds no weights: give cpu, cuda or cuda:1")
+        module.to(place)
     except (RuntimeError, AssertionError) as error:
         raise Refused(f"the module cannot be on {device}: {error}") from None
     call.table.set(call.out, module)
@@ -141,8 +144,11 @@ def _mode(call: Call) -> Answer:
 
 
 def _trains(call: Call) -> Answer:
+    names = call.body.get("names")
+    if not isinstance(names, list):
+        raise Malformed("parameters without their names")
     for name, parameter in module_of(call).named_parameters():
-        if not call.body.get("names") or name in call.body["names"]:
+        if name in names:
             parameter.requires_grad_(bool(call.body.get("flag")))
     return {"parameters": [[name, found.requires_grad] for name, found in module_of(call).named_parameters()]}, []
 
@@ -153,6 +159,8 @@ def _zero(call: Call) -> Answer:
 
 
 def _parameter(call: Call) -> Answer:
-    found = module_of(call).get_parameter(call.text("name"))
+    found = dict(module_of(call).named_parameters(remove_duplicate=False)).get(call.text("name"))
+    if found is None:
+        raise KeyError(f"the module has no parameter {call.text('name')[:200]}")
     call.table.set(call.out, found)
     return {"is": described(found)}, []

@@ -13,7 +13,7 @@ from ...workers.engine.errors import CheckpointError
 from ...workers.engine.fields import read_json
 from ...workers.models import EMBEDDED, resolve
 from ...workers.weigh import weighed
-from .adapters import adapt, linears, transposed
+from .adapters import adapt, linears, shape_of, transposed
 from .call import Call
 from .compute import Answer
 from .models import kept, module_of, staging_of
@@ -117,15 +117,14 @@ def _spanned(call: Call) -> Span:
 
 
 def _linears(call: Call) -> Answer:
-    """Layers that can have an adapter: their names here and in the whole model, and whether they are transposed."""
+    """The layers that can have an adapter: names here and in the whole model, whether transposed, shape; the head."""
     span = _spanned(call)
-    head = span.head_name
     found = [
-        [name, span.whole_name(name.removeprefix("model.")), transposed(part)]
+        [name, span.whole_name(name.removeprefix("model.")), transposed(part), list(shape_of(part))]
         for name, part in linears(span).items()
-        if name != head
     ]
-    return {"linears": found}, []
+    head = next((whole for name, whole, *_ in found if name == span.head_name), "")
+    return {"linears": [layer for layer in found if layer[0] != span.head_name], "head": head}, []
 
 
 def _adapt(call: Call) -> Answer:

@@ -2,7 +2,8 @@
 
 First every worker lays its gradients out as parts (one for each replica), then replica j adds up part j of all in the
 order of the replicas, and then every worker takes all sums: 2 (R - 1) / R of the size come to each worker, and all get
-the same bits.
+the same bits. Of two replicas, and where there is little, each lays them out as one, and everyone adds up all: that is
+no more, or matters less than the step that it saves.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from .compute import Answer
 from .models import module_of
 
 LARGEST: Final = 16 << 20  # elements of what is laid out at a time
+FEW: Final = 1 << 16  # elements that everyone adds up
 
 
 def bunches(sizes: list[int]) -> list[tuple[int, int]]:
@@ -29,6 +31,11 @@ def bunches(sizes: list[int]) -> list[tuple[int, int]]:
             begin, total = place, 0
         total += size
     return [*found, (begin, len(sizes))] if begin < len(sizes) else found
+
+
+def parts_of(size: int, replicas: int) -> int:
+    """In how many parts so many elements are added up."""
+    return 1 if replicas == 2 or size <= FEW else replicas
 
 
 def _chosen(call: Call) -> tuple[list[torch.Tensor], bool]:
@@ -63,22 +70,26 @@ def _lay(call: Call) -> Answer:
     grads = [torch.zeros_like(found) if found.grad is None else found.grad for found in chosen]
     flat = torch.cat([grad.detach().reshape(-1).to(call.device, wide) for grad in grads])
     for part, out in zip(flat.tensor_split(len(outs)), outs, strict=True):
-        call.table.set(out, [part.clone(), there])
+        call.table.set(out, [part if len(outs) == 1 else part.clone(), there])
     return {}, []
 
 
 def _mean(call: Call) -> Answer:
     """Of the parts of all replicas, in their order."""
     (parts,) = call.values()
-    total, there = parts[0]
-    for part, also in parts[1:]:
-        total, there = total + part, there + also.to(there.device)
-    call.table.set(call.out, [total / len(parts), there])
+    call.table.set(call.out, _mean_of(parts))
     return {}, []
 
 
+def _mean_of(parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    total, there = parts[0]
+    for part, also in parts[1:]:
+        total, there = total + part, there + also.to(there.device)
+    return [total / len(parts), there]
+
+
 def _take(call: Call) -> Answer:
-    """Means of all parts become the gradients; or values, of `weights`, become the tensors."""
+    """Means of all parts, or of the gradients of all if `whole`, become the gradients; or values the `weights`."""
     (parts,) = call.values()
     chosen, weights = _chosen(call)
     with torch.no_grad():
@@ -86,6 +97,8 @@ def _take(call: Call) -> Answer:
             for tensor, value in zip(chosen, parts, strict=True):
                 tensor.copy_(value)
             return {}, []
+        if call.body.get("whole"):
+            parts = [_mean_of(parts)]
         flat, there = torch.cat([part for part, _ in parts]), parts[0][1].tolist()
         if len(flat) != sum(found.numel() for found in chosen) or len(there) != len(chosen):
             raise Malformed("gradients of another module")

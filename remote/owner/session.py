@@ -14,13 +14,14 @@ from typing import Any, Final
 
 import torch
 
-from ...schema.errors import RalmqError, Refused, WorkerLost
+from ...schema.errors import Malformed, RalmqError, Refused, WorkerLost
 from ...schema.tensor import Tensor
 from ..failures import told
-from ..values import Ref, opened, refs_in
+from ..operators import SIZED
+from ..values import Ref, leaves, opened, refs_in
 from .call import Call
 from .compute import Answer
-from .table import Failed, Table
+from .table import Failed, Node, Table
 
 QUICK: Final = 2e-4  # seconds: a call that takes less runs in the event loop
 TURN: Final = 1e-3  # seconds of those in one turn of it
@@ -86,7 +87,10 @@ class Session:
     # -- inside
 
     def _ask(self, call: Call) -> None:
-        wanted = {(ref.session, ref.number): ref for ref in refs_in(call.body.get("a")) if ref.service}
+        try:
+            wanted = {(ref.session, ref.number): ref for ref in refs_in(call.body.get("a")) if ref.service}
+        except (Malformed, RecursionError):
+            wanted = {}  # said at its turn
         call.missing = len(wanted)
         for key, ref in wanted.items():
             self._pull(ref, partial(self._came, call, key))
@@ -117,7 +121,28 @@ class Session:
 
     def _quick(self, call: Call) -> bool:
         """Whether such a call took less time, as far as is known, than the way to the compute thread and back does."""
-        return self._device.type == "cpu" and self._took.get(_kind(call), QUICK) < QUICK
+        if self._device.type != "cpu":
+            return False
+        call.kind = self._kind(call)
+        return call.kind is not None and self._took.get(call.kind, QUICK) < QUICK
+
+    def _kind(self, call: Call) -> Hashable:
+        """Of one module, operator or way back, with as many bytes of arguments; None: nothing is known of it."""
+        body = call.body
+        try:
+            if body.get("v") == "back":
+                node = self.table.nodes.get(body["node"])
+                return ("back", node.kind) if isinstance(node, Node) and node.kind else None
+            if body.get("op") in SIZED:
+                return None
+            about = leaves(self.table.peek(body.get("of", 0)))  # else it is an optimizer, and one is not like another
+            own = [self.table.peek(ref.number) for ref in refs_in(body.get("a")) if not ref.service]
+            values = [*about, *leaves([own, list(call.pulled.values())])]
+            size = sum(tensor.nbytes for tensor in call.tensors) + sum(leaf.nbytes for leaf in values)
+            named = [str(body.get(name)) for name in ("v", "module", "op")]
+            return (*named, None if about else body.get("of"), size.bit_length())
+        except Exception:  # said at its turn
+            return None
 
     def _work(self) -> None:  # in the compute thread
         """Runs what is ready, without a way to the loop and back for each call."""
@@ -152,7 +177,8 @@ class Session:
         finally:
             if len(self._took) > KINDS:
                 self._took.clear()
-            self._took[_kind(call)] = time.perf_counter() - begun
+            if call.kind is not None:
+                self._took[call.kind] = time.perf_counter() - begun
 
     def _answered(self, call: Call) -> Answer:
         try:
@@ -160,20 +186,16 @@ class Session:
             verb = self._verbs.get(call.text("v"))
             if verb is None:
                 raise Refused("this worker does not know that verb: is it of another version?")
+            call.kind = call.kind or self._kind(call)
             return verb(call)
-        except (Exception, RecursionError) as error:
+        except (Exception, SystemExit) as error:
             said = told(error)
             for number in (call.body.get("out", 0), *_wanted(call)):
                 if type(number) is int and number > 0:
                     self.table.set(number, Failed(said))
+                    if call.body.get("grad"):
+                        self.table.nodes[number] = Failed(said)
             return {"error": said, "typed": isinstance(error, RalmqError)}, []
-
-
-def _kind(call: Call) -> Hashable:
-    """Calls that take about equally long: of one module or operator, with as many bytes of arguments."""
-    body = call.body
-    size = sum(tensor.nbytes for tensor in call.tensors).bit_length()
-    return str(body.get("v")), str(body.get("module")), str(body.get("op")), size
 
 
 def _wanted(call: Call) -> list[Any]:

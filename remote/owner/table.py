@@ -6,7 +6,7 @@ Numbers are drawn by the caller. The compute thread writes; the event loop waits
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,10 +34,12 @@ class Node:
     Attributes:
         outputs: its result's tensors, in order.
         inputs: of each handle or tensor among its arguments, the leaves that stood for its tensors.
+        kind: the call's, of those that take about equally long.
     """
 
     outputs: list[torch.Tensor]
     inputs: list[list[torch.Tensor]]
+    kind: Hashable = None
 
 
 class Table:
@@ -50,7 +52,7 @@ class Table:
         self._values: dict[int, Any] = {}
         self._waiters: dict[int, list[Waiter]] = {}
         self._closed = False
-        self.nodes: dict[int, Node] = {}
+        self.nodes: dict[int, Node | Failed] = {}
         self.ran: list[str] = []  # tags of calls, in the order in which they ran
 
     def __len__(self) -> int:
@@ -80,6 +82,10 @@ class Table:
         if isinstance(found, Failed):
             raise raised(found.said)
         return found
+
+    def peek(self, number: int) -> Any:
+        """What lies there, a Failed too; None where nothing does."""
+        return self._values.get(number)
 
     def when(self, number: int, then: Waiter) -> None:
         """Calls `then` in the event loop once there is a value, or the caller is gone; at once where that is so."""

@@ -1,6 +1,7 @@
 """How members find each other: ranks, who is missing, who does not belong there, and what a death leaves."""
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from inprocess import PACE, Cluster
 from ralmq.broker.server import Server
 from ralmq.errors import NoBroker, Refused
 from ralmq.schema.message import Direct
+from ralmq.workers.base import Request
 from ralmq.workers.direct import lane
 from ralmq.workers.group.errors import RankLost, RankMissing
 from ralmq.workers.group.group import Group, group
-from ralmq.workers.group.meeting import Table
+from ralmq.workers.group.meeting import Meeting, Member, Table
 from ralmq.workers.group.mesh import Mesh
 from serving import until
 from worlds import cluster, member, opened, world
@@ -95,6 +97,27 @@ async def test_one_that_dies_while_they_meet_may_come_again(dies: int) -> None:
         await asyncio.wait([(first, second)[dies]])
         others = [asyncio.create_task(member(url, 3, ranks, rank)) for rank in (dies, 2)]
         assert sorted(await asyncio.gather((first, second)[1 - dies], *others)) == [0, 1, 2]
+
+
+async def test_one_whose_time_is_up_as_the_last_one_comes_is_a_member() -> None:
+    """The others count on it."""
+    direct = Direct("host", "", "near", "")
+    meeting = Meeting("g", Member(0, direct, {"world_size": 3}, {}))
+    body = {"rank": 1, "direct": list(direct), "terms": {"world_size": 3}, "facts": {}, "within": 0.05}
+    answer = asyncio.create_task(meeting.handle(Request("group:g", body)))
+    await asyncio.sleep(0)
+    time.sleep(0.1)  # both in one turn of the loop
+    meeting._came.append(Member(2, direct, {"world_size": 3}, {}))
+    meeting._look()
+    assert (await answer)["rank"] == 1
+
+
+async def test_a_group_that_was_left_is_not_used_any_more() -> None:
+    async with cluster() as all_of_it, opened(all_of_it.url, 2) as groups:
+        await groups[0].close()
+        with pytest.raises(Refused, match="the group is not open"):
+            await groups[0].barrier()
+        await groups[0].close()
 
 
 async def test_who_does_not_belong_there_is_refused_and_the_others_go_on() -> None:
@@ -226,5 +249,12 @@ async def test_where_the_broker_has_keys_a_member_needs_one_that_may_offer(tmp_p
         assert await world(server.endpoint, 2, ranks, keys=folder) == [0, 1]
         with pytest.raises(Refused, match="may not offer group:g"):
             await member(server.endpoint, 2, ranks, keys=folder / "client.key")
+        asker = asyncio.create_task(member(server.endpoint, 2, ranks, keys=folder))
+        await until(lambda: server.core.requests.services.get("group:g") is not None)
+        with pytest.raises(Refused, match="may not offer group:other"):
+            async with group("other", 2, broker=server.endpoint, keys=folder / "client.key"):
+                pass
+        assert await member(server.endpoint, 2, ranks, keys=folder / "client.key") == 1  # it may ask who is there
+        assert await asker == 0
         with pytest.raises(Refused, match="without a key"):
             await member(server.endpoint, 2, ranks, keys="")

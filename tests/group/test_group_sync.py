@@ -1,9 +1,12 @@
 """The calls without a coroutine, and those that torch.distributed does: the same answers, the same errors."""
 
 import asyncio
+import os
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ import torch
 from ralmq.errors import Refused
 from ralmq.workers.group import distributed
 from ralmq.workers.group.group import Group, SyncGroup
-from worlds import cluster, world
+from worlds import cluster, member, world
 
 
 def threads(url: str, size: int, act: Callable[[SyncGroup], Any], **options: Any) -> list[Any]:
@@ -42,8 +45,15 @@ async def test_calls_that_return_when_they_are_done() -> None:
         with pytest.raises(Refused, match="no operation"):
             group.all_reduce(own, "middle")
 
+    def after(url: str) -> None:
+        with ralmq.group("g", 1, broker=url, wait=20) as group:
+            pass
+        with pytest.raises(Refused, match="closed: open it anew"):
+            group.barrier()
+
     async with cluster() as all_of_it:
         await asyncio.to_thread(threads, all_of_it.url, 3, act)
+        await asyncio.to_thread(after, all_of_it.url)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("group-")]
 
 
@@ -99,8 +109,16 @@ async def test_torch_does_the_same(size: int, backend: str) -> None:
         assert array.dtype == np.float64 and array.tolist() == [[(size + 1) / 2]]
         await group.barrier()
 
+        for dtype in distributed.REDUCED:
+            assert (await group.all_reduce(torch.ones(2, dtype=getattr(torch, dtype)), "max")).tolist() == [1, 1]
+        with pytest.raises(Refused, match="does not reduce int16"):
+            await group.all_reduce(torch.ones(2, dtype=torch.int16))
+        await group.barrier()  # which has ended nothing
+
+    before = dict(os.environ)
     async with cluster() as all_of_it:
         await world(all_of_it.url, size, act, backend=backend)
+    assert dict(os.environ) == before
 
 
 async def test_torch_calls_that_are_late_or_do_not_belong_together() -> None:
@@ -127,6 +145,31 @@ async def test_torch_calls_that_are_late_or_do_not_belong_together() -> None:
             await world(all_of_it.url, 2, other, backend="nccl")
 
 
+async def test_one_that_dies_before_torch_has_connected_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for torch, which waits for it; and the folder of the meeting is gone."""
+    connect = distributed.Distributed.connect
+
+    async def dying(self: Any, *where: Any) -> None:
+        if self._mesh.rank == 1:
+            raise KeyError("the end")
+        await connect(self, *where)
+
+    async def act(group: Group) -> None:
+        raise AssertionError("it has opened")
+
+    monkeypatch.setattr(distributed.Distributed, "connect", dying)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    async with cluster() as all_of_it:
+        members = [member(all_of_it.url, 2, act, rank, backend="gloo", wait=3.0) for rank in range(2)]
+        found = await asyncio.wait_for(asyncio.gather(*members, return_exceptions=True), 10)
+    assert isinstance(found[0], ralmq.RankLost) and found[0].ranks == (1,), found[0]
+    assert not list(tmp_path.iterdir())
+    for thread in [thread for thread in threading.enumerate() if thread.name == "connecting"]:
+        await asyncio.to_thread(thread.join, 20)  # torch gives up after `wait`
+
+
 @pytest.fixture
 def opened_before() -> None:
     """The first store of a process leaves a pipe behind in torch, later ones nothing."""
@@ -138,14 +181,14 @@ def opened_before() -> None:
 async def test_torch_over_several_hosts_meets_by_a_port_that_members_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = distributed.opened
 
-    async def apart(mesh: Any, backend: str, hosts: list[str], address: Callable[[], str]) -> Any:
-        return await opened(mesh, backend, [f"host {rank}" for rank in range(len(hosts))], address)
+    async def apart(mesh: Any, backend: str, hosts: list[str], *more: Any) -> Any:
+        return await opened(mesh, backend, [f"host {rank}" for rank in range(len(hosts))], *more)
 
     async def act(group: Group) -> list[float]:
         total: list[float] = (await group.all_reduce(torch.full((3,), group.rank + 1.0))).tolist()
         return total
 
     monkeypatch.setattr(distributed, "opened", apart)
-    monkeypatch.setenv(distributed.INTERFACE, "lo")
+    monkeypatch.delenv(distributed.INTERFACE, raising=False)
     async with cluster() as all_of_it:
         assert await world(all_of_it.url, 3, act, backend="gloo", address="127.0.0.1") == [[6.0] * 3] * 3

@@ -116,6 +116,9 @@ async def test_exit_codes_and_what_is_said(tmp_path: Path) -> None:
         assert (code, out) == (2, "") and "belongs to another job (square; this one: echo)" in error
         code, out, error = await map_(tmp_path, url, "--service", "none")
         assert (code, out) == (2, "") and "no worker offers none" in error
+        for option in (("--deadline", "0"), ("--deadline", "nan"), ("--wait-service", "nan")):
+            code, out, error = await map_(tmp_path, url, "--service", "echo", *option)
+            assert (code, out) == (2, "") and "give seconds above 0" in error
         (tmp_path / "in.jsonl").write_text("{}\n7\n")
         code, out, error = await map_(tmp_path, url, "--service", "echo")
         assert (code, out) == (2, "") and "in.jsonl: line 2: no object" in error

@@ -1,7 +1,7 @@
 """`map_rows` within one process: order, failures, what an earlier run has left, what is refused."""
 
 import asyncio
-import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inprocess import cluster
+from map_files import Files, There, wanted
 from ralmq.client.journal import SUFFIX, Journal, Rows
 from ralmq.client.mapping import Mapped, map_rows
 from ralmq.client.results import Reply
@@ -27,51 +28,11 @@ from ralmq.schema.tensor import tensor_of
 from ralmq.workers.echo import Echo
 
 
-class Files:
-    """An input of `count` rows, and how an asker was asked for them."""
-
-    def __init__(self, folder: Path, count: int = 50) -> None:
-        self.source, self.target = folder / "in.jsonl", folder / "out.jsonl"
-        self.journal = folder / f"out.jsonl{SUFFIX}"
-        self.source.write_text("".join(f'{{"n": {n}}}\n{" " * (n % 2)}\n' for n in range(count)))
-        self.asked: Counter[int] = Counter()
-        self.fault: dict[int, list[RalmqError]] = {}
-        self.stop = -1  # asking for this row ends as if the process did
-
-    async def ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        n = body["n"]
-        self.asked[n] += 1
-        await asyncio.sleep(0.001 * (n % 7))
-        if n == self.stop:
-            raise KeyError("the end")
-        if self.fault.get(n):
-            raise self.fault[n].pop()
-        return {"n": n, "square": n * n}
-
-    async def map(self, client: Any, **options: Any) -> Mapped:
-        return await map_rows(client, self.ask, self.source, self.target, **{"job": "square", **options})
-
-    @property
-    def output(self) -> list[Any]:
-        return [json.loads(line) for line in self.target.read_text().splitlines()]
-
-
-def wanted(count: int) -> list[dict[str, int]]:
-    return [{"n": n, "square": n * n} for n in range(count)]
-
-
 class Away:
     """A client whose broker does not answer."""
 
     async def status(self, *, deadline: float) -> dict[str, Any]:
         raise NoBroker("no broker")
-
-
-class There:
-    """A client whose broker answers."""
-
-    async def status(self, *, deadline: float) -> dict[str, Any]:
-        return {"workers": [], "lost": []}
 
 
 @pytest.mark.parametrize("concurrency", [1, 3, 200])
@@ -203,7 +164,12 @@ async def test_a_cancelled_job_keeps_what_was_answered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "said"),
-    [("{oops", "line 3: no JSON"), ("[1]", "line 3: no object"), ("\xff", "line 3: no JSON")],
+    [
+        ("{oops", "line 3: no JSON"),
+        ("[1]", "line 3: no object"),
+        ("\xff", "line 3: no JSON"),
+        ("[" * 100_000, "line 3: no JSON"),
+    ],
 )
 async def test_a_broken_row_is_named_before_any_is_asked(tmp_path: Path, line: str, said: str) -> None:
     files = Files(tmp_path, 4)
@@ -237,9 +203,11 @@ async def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
         await files.map(There())
     assert files.target.read_text() == "mine"
     files.target.unlink()
-    files.journal.write_text("notes of somebody\n")
-    with pytest.raises(Refused, match="no journal of `ralmq map`"):
-        await files.map(There())
+    for notes in ("notes of somebody\n", "notes without an end", "ralmq map 2"):
+        files.journal.write_text(notes)
+        with pytest.raises(Refused, match="no journal of `ralmq map`"):
+            await files.map(There())
+        assert files.journal.read_text() == notes
     with pytest.raises(Refused, match="cannot be read"):
         await map_rows(There(), files.ask, tmp_path / "none", files.target, job="square")  # type: ignore[arg-type]
     with pytest.raises(Refused, match="cannot be written"):
@@ -249,10 +217,34 @@ async def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
 async def test_an_input_that_changes_meanwhile_is_seen(tmp_path: Path) -> None:
     files = Files(tmp_path, 3)
     rows = Rows(files.source)
-    for text in ('{"n": 0}\n' * 4, '{"n": 0}\n'):
+    for text in ('{"n": 0}\n' * 4, '{"n": 0}\n', '{"n": 0}\n' * 3):
         files.source.write_text(text)
         with pytest.raises(Refused, match="has changed while"):
             list(rows)
+
+
+async def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
+    """A pipe would be empty when it is read again."""
+    files = Files(tmp_path, 3)
+    os.mkfifo(tmp_path / "pipe")
+    for source in ("pipe", "."):
+        with pytest.raises(Refused, match="no pipe or folder"):
+            await map_rows(There(), files.ask, tmp_path / source, files.target, job="x")  # type: ignore[arg-type]
+    with pytest.raises(Refused, match="is a folder"):
+        await map_rows(There(), files.ask, files.source, tmp_path, job="x")  # type: ignore[arg-type]
+    with pytest.raises(Refused, match="is a folder"):
+        await map_rows(There(), files.ask, files.source, ".", job="x")  # type: ignore[arg-type]
+    assert not list(tmp_path.glob(f"*{SUFFIX}"))
+
+
+async def test_half_a_character_stays_in_an_answer(tmp_path: Path) -> None:
+    files = Files(tmp_path, 1)
+
+    async def ask(body: dict[str, Any]) -> Any:
+        return {"text": "é\ud83d"}
+
+    await map_rows(There(), ask, files.source, files.target, job="x")  # type: ignore[arg-type]
+    assert files.output == [{"text": "é\ud83d"}]
 
 
 async def test_replies_hold_tensors_as_lists(tmp_path: Path) -> None:

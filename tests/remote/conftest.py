@@ -21,7 +21,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     found: list[Served] = []
 
     async def serve() -> None:
-        allow = "remote_modules:Block,remote_modules:Odd"
+        allow = "remote_modules:Block,remote_modules:Odd,remote_modules:Failing"
         workers = {
             name: ModuleWorker(name=name, allow=allow, models=str(models) if name == "three" else "") for name in NAMES
         }

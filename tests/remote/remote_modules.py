@@ -32,5 +32,29 @@ class Odd(nn.Module):
         return {"double": x * 2 * self.weight, "pair": (x + 1, x.argmax(dim=-1))}
 
 
+class Plain(nn.Module):
+    """Has a tensor that torch does not know of."""
+
+    def __init__(self, size: int = 3) -> None:
+        super().__init__()
+        self.size = size
+        self.scale = torch.ones(size)
+
+
+class Failing(nn.Module):
+    """Raises what it is told to."""
+
+    def forward(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        if kind == "exit":
+            raise SystemExit(3)
+        raise {
+            "attribute": AttributeError("no such thing"),
+            "stop": StopIteration(),
+            "time": TimeoutError("slow"),
+            "name": NameError("undefined"),
+            "file": FileNotFoundError("x.txt"),
+        }[kind]
+
+
 class Unlisted(nn.Module):
     """No worker is started with it."""

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import ralmq
 import torch
-from ralmq.errors import DeadlineExceeded, Refused, WorkerLost
+from ralmq.errors import Busy, DeadlineExceeded, Refused, RequestCancelled, WorkerLost
 from ralmq.remote.home import Home, connect
-from ralmq.remote.tensor import to_worker
+from ralmq.remote.tensor import launch, to_worker
 from remote_served import Served
 from serving import Process, broker, free_url, worker
 from torch import nn
@@ -232,9 +232,95 @@ def test_more_than_a_message_is_an_error_and_no_hang(served: Served) -> None:
 def test_closing_ends_what_waits(served: Served) -> None:
     home = Home(served.url, wait=10, deadline=60)
     peer = home.peer("three")
-    pending = peer.ask("fetch", {"of": 1 << 40})
     with pytest.raises(KeyError, match="no value"):
-        pending.result()
+        peer.ask("fetch", {"of": 1 << 40}).result()
+    never = ["h", 1 << 40, peer.service, peer.session, ""]  # a value that is never made
+    waiting = peer.ask("op", {"op": "value", "a": ["l", ["t", never], ["m"]], "out": peer.number()})
+    time.sleep(0.2)
+    assert not waiting.future.done()
     home.close()
+    with pytest.raises(RequestCancelled, match="closed"):
+        waiting.result(5)
     with pytest.raises(Exception, match=r"closed|connect"):
         home.peer("three")
+
+
+def test_more_handles_than_a_message_holds_are_freed(served: Served) -> None:
+    x = to_worker(torch.zeros(1), "one")
+    x.to_here()
+    peer = x.handle.peer
+    peer.freed.extend(range(1 << 40, (1 << 40) + 200_000))
+    assert (x + 1).to_here(deadline=20).tolist() == [1]
+    until(lambda: not peer.freed, "the freeing of many values")
+    assert (x + 1).to_here(deadline=20).tolist() == [1]
+
+
+def test_a_call_that_the_broker_does_not_take_holds_up_none_behind_it(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = through_the_broker(served.url)
+    try:
+        peer, asked = home.peer("three"), home.client.request
+        x = launch(peer, "op", {"op": "value"}, [(torch.ones(2),), {}])
+        x.to_here()
+
+        async def refused(*given: Any, **named: Any) -> Any:
+            monkeypatch.setattr(home.client, "request", asked)
+            raise Busy("all places are taken")
+
+        monkeypatch.setattr(home.client, "request", refused)
+        lost, behind = x + 1, x + 2
+        with pytest.raises(Busy):
+            lost.to_here(deadline=20)
+        assert behind.to_here(deadline=20).tolist() == [3, 3]
+        with pytest.raises(Busy):
+            (lost + 1).to_here(deadline=20)
+    finally:
+        home.close()
+
+
+def test_errors_keep_nothing_alive(served: Served) -> None:
+    """No collection is needed to free what a failed call had."""
+    x = to_worker(torch.ones(2, 3), "three")
+    x.to_here()
+    gc.collect()
+    gc.disable()
+    try:
+        before = served.held("three")
+
+        def fail() -> None:
+            with pytest.raises(RuntimeError):
+                (x @ x).to_here()
+
+        for _ in range(20):
+            fail()
+        until(lambda: served.held("three") <= before, "the freeing of what failed")
+    finally:
+        gc.enable()
+
+
+def test_large_calls_do_not_hold_up_the_event_loop(served: Served) -> None:
+    """Calls that took no time run there; others of the same operator or way back, with more to do, do not."""
+    layer = ralmq.remote("nn.Linear", "two", in_features=700, out_features=700)
+    small, large = to_worker(torch.ones(2, 2), "two"), to_worker(torch.ones(700, 700), "two")
+    (session,) = (found for found in served.workers["two"]._sessions.values() if len(found.table))
+    seen: list[tuple[str, str]] = []
+    run = session._run
+
+    def noted(call: Any) -> Any:
+        seen.append((str(call.body.get("op") or call.body["v"]), threading.current_thread().name))
+        return run(call)
+
+    session._run = noted  # type: ignore[method-assign]
+    for _ in range(40):
+        (small @ small).to_here()
+        small.new_zeros(1).to_here()
+    assert any(name == "served" for _, name in seen)  # some did run in the loop
+    seen.clear()
+    (large @ large).shape, small.new_zeros((3000, 1000)).shape
+    assert [name for what, name in seen if what in ("operator.matmul", "Tensor.new_zeros")] == ["compute_0"] * 2
+    for _ in range(3):
+        seen.clear()
+        layer(large).mul(2).sum().backward()
+        backs = [name for what, name in seen if what == "back"]
+        assert len(backs) == 3 and backs[-1] == "compute_0"

@@ -51,7 +51,7 @@ UNARY: dict[str, Callable[[Any], Any]] = {
     "cast": lambda x: x.to(torch.float64),
     "norm": lambda x: torch.linalg.vector_norm(x.float()),
 }
-DTYPES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.bool)
 INDICES: list[Any] = [0, -1, slice(None), slice(1, None), slice(None, None, 2), None, ..., (..., 0), (None, 0), 7]
 INDICES += [torch.tensor([0, 0]), (slice(None), 0), torch.tensor(0)]
 

@@ -97,7 +97,28 @@ def test_bad_input_is_refused(served: Served) -> None:
     proxy = ralmq.remote_copy(nn.Linear(6, 4), "one")
     with pytest.raises(Refused, match="micro-batches"):
         Pipeline([proxy], functional.cross_entropy).step(torch.randn(2, 6), torch.zeros(2, dtype=torch.long), 3)
+    with pytest.raises(Refused, match="detach"):
+        Pipeline([proxy], functional.cross_entropy).step(
+            torch.randn(2, 6, requires_grad=True), torch.zeros(2, dtype=torch.long), 2
+        )
     with pytest.raises(Refused, match="1f1b"):
         Pipeline([proxy], functional.cross_entropy, "zigzag")
     with pytest.raises(Refused, match="stage"):
         Pipeline([], functional.cross_entropy)
+
+
+def test_the_cause_of_a_failed_step_is_told(served: Served) -> None:
+    """And the next one is not the worse for it."""
+    modules = parts(2)
+    proxies = [ralmq.remote_copy(module, name) for module, name in zip(modules, NAMES, strict=False)]
+    target = torch.zeros(8, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Pipeline([ralmq.remote_copy(nn.Linear(6, 5), "one"), proxies[1]], functional.cross_entropy).step(
+            torch.randn(8, 6), target
+        )
+    proxies[1].zero_grad()
+    x = torch.randn(8, 6)
+    Pipeline(proxies, functional.cross_entropy).step(x, target)
+    functional.cross_entropy(nn.Sequential(*modules)(x), target).backward()
+    for own, found in zip(modules[1].parameters(), proxies[1].parameters(), strict=True):
+        torch.testing.assert_close(found.grad.to_here(), own.grad, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]

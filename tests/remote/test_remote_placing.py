@@ -1,5 +1,6 @@
 """Where the layers of a model go, whose files they come from, and what is refused."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,11 @@ def test_runs_that_stay_together_are_not_cut() -> None:
         ({"w1": "60MiB", "w2": "60MiB"}, {"no_split": [(0, 8)]}, "does not fit"),
         ({"w1": "1GiB"}, {"no_split": [(3, 9)]}, "runs of layers"),
         ({"w1": "1GiB"}, {"no_split": ["OPTDecoderLayer"]}, "never split"),
+        ({"w1": "1GiB"}, {"no_split": [3]}, "runs of layers"),
+        ({"w1": "1GiB"}, {"no_split": [(0, "2")]}, "runs of layers"),
         ({"w1": "much"}, {}, "w1"),
+        ({"w1": 1e9}, {}, "whole bytes"),
+        ({"w1": True}, {}, "whole bytes"),
         ({}, {}, "at least one worker"),
     ],
 )
@@ -154,6 +159,36 @@ def test_no_family_but_those_on_the_list_is_built(served: Served, change: dict[s
     assert span.model.config._attn_implementation == "sdpa"
 
 
+def test_files_of_adapters_that_do_not_fit_leave_the_model_alone(served: Served, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    workers = {"one": "1GiB", "two": "1GiB"}
+    ralmq.from_pretrained("demo", workers).add_adapter(r=2, target_modules=["q_proj"]).save_adapter(tmp_path)
+    told, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config, tensors = json.loads(told.read_text()), weights.read_bytes()
+    model = ralmq.from_pretrained("demo", workers)
+    for change, said in (
+        ({"target_modules": ["v_proj"]}, "are not those of this model"),
+        ({"target_modules": ["k_proj"]}, "are not those of this model"),
+        ({"target_modules": "("}, "a regular expression"),
+        ({"r": 3}, "of another rank"),
+        ({"r": "2"}, "of another rank"),
+        ({"use_qalora": True}, "use_qalora is not read"),
+        ({"init_lora_weights": "pissa_niter_4"}, "a changed model"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "can have no adapter"),
+    ):
+        told.write_text(json.dumps({**config, **change}))
+        with pytest.raises(Refused, match=said):
+            model.load_adapter(tmp_path)
+    told.write_text(json.dumps(config))
+    weights.write_bytes(b"none")
+    with pytest.raises(Refused, match="holds no adapters"):
+        model.load_adapter(tmp_path)
+    weights.write_bytes(tensors)
+    assert model.adapter is None and all(".lora_" not in name for name, _ in model.named_parameters())
+    model.load_adapter(tmp_path)
+    assert len(model.adapter_names(0)) == 6
+
+
 def test_adapters_that_cannot_be_are_refused(served: Served, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     model = ralmq.from_pretrained("demo", {"one": "1GiB"})
@@ -161,6 +196,10 @@ def test_adapters_that_cannot_be_are_refused(served: Served, tmp_path: Path) -> 
         model.add_adapter(target_modules=["query"])
     with pytest.raises(Refused, match="r of at least 1"):
         model.add_adapter(r=0)
+    with pytest.raises(Refused, match="give numbers"):
+        model.add_adapter(r=4.5)  # type: ignore[arg-type]
+    with pytest.raises(Refused, match="lm_head, which gives the logits"):
+        model.add_adapter(target_modules=["q_proj", "lm_head"])
     with pytest.raises(Refused, match="add_adapter first"):
         model.save_adapter(tmp_path)
     with pytest.raises(Refused, match="holds no adapters"):

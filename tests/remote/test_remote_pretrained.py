@@ -106,6 +106,29 @@ def test_generation_with_a_cache_gives_what_the_whole_model_does(folder: Path, f
     padded = torch.cat((torch.ones(2, 3, dtype=torch.long), ids), 1)
     mask = torch.cat((torch.zeros(2, 3, dtype=torch.long), torch.ones_like(ids)), 1)
     assert model.generate(padded, 8, attention_mask=mask, eos_ids=())[:, 12:].tolist() == expected[:, 9:].tolist()
+    alone = model.generate(ids[1, 4:], 8, eos_ids=(), attention_mask=torch.ones(5))[0, 5:].tolist()
+    uneven = torch.stack((ids[0], torch.cat((torch.ones(4, dtype=torch.long), ids[1, 4:]))))
+    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+    found = model.generate(uneven, 8, attention_mask=mask, eos_ids=())[:, 9:].tolist()
+    assert found == [expected[0, 9:].tolist(), alone]
+
+
+def test_what_cannot_be_generated_is_refused(folder: Path) -> None:
+    model, ids = ralmq.from_pretrained(folder / "llama", WORKERS), ids_of()
+    ends = torch.tensor([[1] * 9, [1] * 8 + [0]])
+    for options, said in (
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": 1e-310}, "temperature=1e-310"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k=-1"),
+        ({"attention_mask": ends}, "padded on the right"),
+        ({"attention_mask": ends[:, :4]}, r"is \[2, 4\] for ids of \[2, 9\]"),
+    ):
+        with pytest.raises(Refused, match=said):
+            model.generate(ids, 2, **options)
+    every = model.generate(ids, 2, temperature=1.0, top_k=1000, eos_ids=())
+    assert every.tolist() == model.generate(ids, 2, temperature=1.0, eos_ids=()).tolist()
 
 
 def loss_of(whole: Any, ids: torch.Tensor) -> torch.Tensor:

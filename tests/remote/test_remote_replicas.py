@@ -1,14 +1,20 @@
 """Replicas on several workers: gradients of the whole batch, the same steps everywhere."""
 
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ralmq
 import torch
-from ralmq.errors import Refused
+from ralmq.errors import NoService, Refused, WorkerLost
+from ralmq.remote.home import connect
 from ralmq.remote.owner import replicas
 from ralmq.remote.owner.replicas import bunches
 from remote_served import Served
+from serving import broker, free_url, worker
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -18,6 +24,13 @@ NAMES = ["one", "two", "three"]
 @pytest.fixture(autouse=True)
 def _seeded(served: Served) -> None:
     torch.manual_seed(0)
+
+
+def until(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def block() -> nn.Module:
@@ -117,6 +130,22 @@ def test_gradients_add_up_over_passes_with_and_without_exchange() -> None:
     same(grads(parallel.proxies[0]), expected, 1e-6)
 
 
+def test_an_exchange_asks_no_more_than_it_must(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two replicas, and of few elements, two calls of each; else three. And the same bits either way."""
+    x, default = torch.randn(6, 6), replicas.FEW
+    found = {}
+    for count, few, calls in ((2, 0, 4), (3, default, 6), (3, 0, 9)):
+        monkeypatch.setattr(replicas, "FEW", few)
+        torch.manual_seed(1)
+        parallel = spread(block(), count)
+        parallel(x).sum().backward()
+        found[count, few] = grads(parallel.proxies[0])
+        before = served.home.messages
+        parallel.average()
+        assert served.home.messages - before == calls
+    assert all(torch.equal(one, other) for one, other in zip(found[3, default], found[3, 0], strict=True))
+
+
 def test_the_first_ones_weights_go_to_all_and_nothing_comes_here(served: Served) -> None:
     one, two = ralmq.remote_copy(block(), worker="one"), ralmq.remote_copy(block(), worker="two")
     before = served.home.received
@@ -140,6 +169,48 @@ def test_frozen_and_unused_parameters_get_no_gradient() -> None:
     parallel.proxies[0].requires_grad_(False, ["1.bias"])
     with pytest.raises(Refused, match="same parameters"):
         parallel.average()
+
+
+@pytest.mark.parametrize("when", ["before the loss", "before the way back", "in the way back", "before the step"])
+def test_a_replica_that_is_killed_is_an_error_and_no_wait(tmp_path: Path, when: str) -> None:
+    url = free_url()
+    replica = {name: worker(tmp_path, url, "module", name=name) for name in "ab"}
+    with broker(tmp_path, url), replica["a"], replica["b"] as lost:
+        home = connect(url, wait=30, deadline=60, default=False)
+        try:
+            until(lambda: copied(url, "a") and copied(url, "b"))
+            parallel = ralmq.DataParallel([ralmq.remote_copy(block(), name, broker=url) for name in "ab"])
+            optimizer = ralmq.RemoteOptimizer("sgd", [parallel], lr=0.1)
+            given = torch.randn(4, 6, requires_grad=True)
+
+            def kill(now: str) -> None:
+                if now == when:
+                    lost.send(signal.SIGKILL)
+
+            given.register_hook(lambda grad: kill("in the way back"))
+            begun = time.monotonic()
+            with pytest.raises(WorkerLost):
+                out = parallel(given * 1)
+                kill("before the loss")
+                loss = mse_loss(out, torch.randn(4, 3))
+                float(loss.detach())
+                kill("before the way back")
+                loss.backward()
+                kill("before the step")
+                optimizer.step()
+                optimizer.step()  # the first may have been done
+            assert time.monotonic() - begun < 30
+            assert parallel.proxies[0](torch.randn(2, 6)).to_here().shape == (2, 3)
+        finally:
+            home.close()
+
+
+def copied(url: str, name: str) -> bool:
+    try:
+        ralmq.remote("nn.Identity", name, broker=url)
+    except NoService:
+        return False
+    return True
 
 
 def test_what_are_no_replicas_is_refused() -> None:

@@ -189,6 +189,13 @@ def test_schedules_and_clipping_over_all(served: Served) -> None:
     assert math.isfinite(theirs.clip_grad_norm(1e9))
     with pytest.raises(Refused, match="sgd or adamw"):
         ralmq.RemoteOptimizer("lion", [one], lr=0.1)
+    for wrong in (one, [{"params": one.parameters()}], one.parameters()):
+        with pytest.raises(Refused, match="modules on workers"):
+            ralmq.RemoteOptimizer("sgd", wrong, lr=0.1)  # type: ignore[arg-type]
+    with pytest.raises(Refused, match=r"item\(\)"):
+        ralmq.RemoteOptimizer("sgd", [one], lr=torch.tensor(0.1))  # type: ignore[arg-type]
+    with pytest.raises(Refused, match="one group"):
+        theirs.add_param_group({"params": [torch.zeros(1)]})
     with pytest.raises(ValueError, match="learning rate"):
         ralmq.RemoteOptimizer("sgd", [one], lr=-1.0)
 
@@ -205,6 +212,8 @@ def test_frozen_modules_and_modes(served: Served) -> None:
     remote(x).sum().backward()
     found = grads(remote)
     assert found["0.weight"] is None and found["0.bias"] is None and found["3.weight"] is not None
+    remote.freeze([])
+    assert remote(x).requires_grad
     remote.freeze()
     assert not remote(x).requires_grad
     remote.requires_grad_()

@@ -11,7 +11,7 @@ from ralmq.remote.classes import torch_classes
 from ralmq.remote.tree import received, shipped
 from ralmq.schema.errors import Malformed
 from ralmq.schema.tensor import tensor_of
-from remote_modules import Block, Unlisted
+from remote_modules import Block, Plain, Unlisted
 from remote_served import Served
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -31,6 +31,7 @@ MODULES: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True, norm_first=True), SEQUENCE),
     (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, nn.LayerNorm(8)), SEQUENCE),
     (nn.PReLU(8), (4, 8)),
+    (nn.Sequential(nn.Linear(8, 8), nn.Sequential()), (4, 8)),  # an empty one counts as false
     (nn.Upsample(scale_factor=2.0, mode="bilinear", align_corners=True), (1, 2, 4, 4)),
     (nn.Softmax(dim=-1), (4, 8)),
     (Block(nn.Sequential(nn.Linear(8, 8), nn.SiLU()), 8, scale=0.5), (4, 8)),
@@ -124,6 +125,7 @@ REFUSED: list[tuple[Any, str]] = [
     (changed, "extra does not travel"),
     (grown, "other tensors than its class"),
     (local_class, "defined within a function"),
+    (Plain, "scale, a tensor, .* register_buffer"),
     (Unlisted, "-o allow=remote_modules:Unlisted"),
     (lambda: parametrizations.weight_norm(nn.Linear(2, 2)), "parametriz"),
     (lambda: nn.TransformerEncoderLayer(8, 2, activation=lambda x: x), "activation"),

@@ -4,12 +4,13 @@ Shapes go over the mesh, so that they may differ; the mesh also knows who has di
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
-import socket
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -24,10 +25,15 @@ from .collectives import Calls
 from .errors import RankLost
 from .mesh import Mesh
 
-INTERFACE: Final = "GLOO_SOCKET_IFNAME"  # environment: the interface that members talk through
+INTERFACE: Final = "GLOO_SOCKET_IFNAME"  # environment: the interface that members talk through; as in torch
 KNOWN: Final = 3.0  # seconds until the mesh knows who has died
 FOR_EVER: Final = timedelta(days=365)  # calls have their own time-out
+LOOPBACK: Final = "127.0.0.1"
+REDUCED: Final = frozenset(  # what gloo and NCCL both do
+    ["bool", "uint8", "int8", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
+)
 _APART: Final[Any] = dist  # its stubs do not export all of it
+Thread = Callable[[Callable[[], None]], Awaitable[None]]
 _OPS: Final = {
     "sum": dist.ReduceOp.SUM,
     MEAN: dist.ReduceOp.SUM,
@@ -44,85 +50,96 @@ def gpu() -> str:
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
-async def opened(mesh: Mesh, backend: str, hosts: Sequence[str], address: Callable[[], str]) -> "Distributed":
+async def opened(
+    mesh: Mesh, backend: str, hosts: Sequence[str], address: Callable[[], str], within: float
+) -> "Distributed":
     """Connects all members; each calls it.
 
     Args:
         backend: gloo or nccl.
         hosts: where each member is.
         address: this machine's, as the others see it; asked for where they are on several.
+        within: seconds after which torch gives it up, too.
 
     Raises:
         RalmqError: they cannot connect.
     """
-    calls = Calls(mesh)
+    calls, limit = Calls(mesh), timedelta(seconds=within)
+    near = len(set(hosts)) == 1
+    own = LOOPBACK if near else address().strip("[]")
     number = mesh.begin(["open", backend])
-    folder = ""
+    folder = tempfile.mkdtemp(prefix="ralmq-group-") if near and mesh.rank == 0 else ""
     try:
-        near = len(set(hosts)) == 1
-        if mesh.rank == 0:
-            where: dict[str, Any] = {}
-            if near:
-                folder = tempfile.mkdtemp(prefix="ralmq-group-")
-                where["file"] = str(Path(folder) / "store")
-                store: Any = _APART.FileStore(where["file"], mesh.size)
-            else:
-                where["host"] = address()
-                store = _APART.TCPStore(where["host"], 0, mesh.size, True, wait_for_workers=False)
-                where["port"] = store.port
-            await calls.broadcast(number, _text(where), 0)
-        else:
-            where = _read(await calls.broadcast(number, None, 0))
-            if near:
-                store = _APART.FileStore(where["file"], mesh.size)
-            else:
-                store = await asyncio.to_thread(_APART.TCPStore, where["host"], where["port"], mesh.size, False)
-        made = Distributed(mesh, calls, backend, near, store)
-        await made.connect()
+        try:
+            made = Distributed(mesh, calls, backend)
+            where: dict[str, Any] = {"file": str(Path(folder) / "store")} if near else {"host": own}
+            if mesh.rank == 0 and not near:
+                made.store = _APART.TCPStore(own, 0, mesh.size, True, limit, wait_for_workers=False)
+                where["port"] = made.store.port
+            where = _read(await calls.broadcast(number, _text(where) if mesh.rank == 0 else None, 0))
+            await made.connect(where, own, limit)
+        finally:
+            mesh.end(number)
+        last = mesh.begin(["opened", backend])
+        try:
+            await calls.barrier(last)
+        finally:
+            mesh.end(last)
     finally:
-        mesh.end(number)
-    last = mesh.begin(["opened", backend])
-    try:
-        await calls.barrier(last)
-    finally:
-        mesh.end(last)
-        shutil.rmtree(folder, ignore_errors=True) if folder else None
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
     return made
 
 
 class Distributed:
     """One member's process group of torch; none of the names that torch keeps for a whole process is used."""
 
-    def __init__(self, mesh: Mesh, calls: Calls, backend: str, near: bool, store: Any) -> None:
+    def __init__(self, mesh: Mesh, calls: Calls, backend: str) -> None:
         self._mesh = mesh
         self._calls = calls
         self._backend = backend
-        self._near = near
-        self._store = store
         self._group: Any = None
         self._device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+        self.store: Any = None  # where torch's members find each other: a file of rank 0, or its port
         self.barrier = calls.barrier
 
-    async def connect(self) -> None:
-        """Returns once all are connected."""
+    async def connect(self, where: dict[str, Any], own: str, limit: timedelta) -> None:
+        """Returns once all are connected.
+
+        Args:
+            where: the store is.
+            own: this machine's address, to which gloo binds.
+        """
         rank, size = self._mesh.rank, self._mesh.size
-        if self._backend == "nccl":
-            options = dist.ProcessGroupNCCL.Options()
-            self._group = dist.ProcessGroupNCCL(self._store, rank, size, options)
-            return  # it connects at the first call
-        if self._near:
-            names = [name for _, name in socket.if_nameindex()]
-            os.environ.setdefault(INTERFACE, next((name for name in names if name in ("lo", "lo0")), "lo"))
 
         def connect() -> None:
-            self._group = dist.ProcessGroupGloo(self._store, rank, size, FOR_EVER)
+            if self.store is None and "file" in where:
+                self.store = _APART.FileStore(where["file"], size)
+            elif self.store is None:
+                self.store = _APART.TCPStore(where["host"], where["port"], size, False, limit)
+            self.store.set_timeout(limit)
+            if self._backend == "nccl":  # it connects at the first call
+                self._group = dist.ProcessGroupNCCL(self.store, rank, size, dist.ProcessGroupNCCL.Options())
+                return
+            gloo: Any = dist.ProcessGroupGloo
+            options, named = gloo._Options(), os.environ.get(INTERFACE)
+            device = gloo.create_device(interface=named) if named else gloo.create_device(hostname=own)
+            options._devices, options._timeout = [device], limit
+            group = gloo(self.store, rank, size, options)
+            group._set_default_timeout(FOR_EVER)
+            self._group = group
 
-        await self._done(connect)
+        await self._done(connect, _apart)  # it knows of no member that dies before it has come
+
+    def check(self, dtype: str) -> None:
+        """Raises Refused for what torch does not reduce."""
+        if dtype not in REDUCED:
+            raise Refused(f"backend {self._backend} does not reduce {dtype}: convert it, or leave the backend away")
 
     async def close(self) -> None:
         """Ends this member's connections."""
         group, self._group = self._group, None
-        self._store = None
+        self.store = None
         if group is not None:
             await asyncio.to_thread(group.abort)
 
@@ -216,7 +233,7 @@ class Distributed:
             raise Refused(f"dtype {form['dtype']} does not travel: cast to one of {', '.join(NAMES)}")
         return torch.empty(form["shape"], dtype=getattr(torch, form["dtype"]), device=self._device)
 
-    async def _done(self, call: Callable[[], Any]) -> None:
+    async def _done(self, call: Callable[[], Any], thread: Thread = asyncio.to_thread) -> None:
         """Runs what waits in a thread; where a member dies, or this call is given up, it is ended.
 
         Raises:
@@ -228,7 +245,7 @@ class Distributed:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
 
-        running = asyncio.ensure_future(asyncio.to_thread(run))
+        running = asyncio.ensure_future(thread(run))
         watching = asyncio.ensure_future(self._mesh.over())
         try:
             await asyncio.wait([running, watching], return_when=asyncio.FIRST_COMPLETED)
@@ -237,8 +254,11 @@ class Distributed:
                 self._failed(running)
         finally:
             watching.cancel()
-            if not running.done() and self._group is not None:
-                self._group.abort()
+            if not running.done():
+                if self._group is not None:
+                    self._group.abort()
+                else:
+                    running.cancel()
                 running.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def _failed(self, running: "asyncio.Future[None]") -> None:
@@ -248,6 +268,28 @@ class Distributed:
         if isinstance(error, RalmqError):
             raise error
         raise RankLost(f"{self._backend} has failed: {str(error).splitlines()[0][:300]}") from error
+
+
+async def _apart(call: Callable[[], None]) -> None:
+    """Runs what cannot be ended in a thread that nobody waits for where it is given up."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def end(error: Exception | None) -> None:
+        if not done.done():
+            done.set_result(None) if error is None else done.set_exception(error)
+
+    def run() -> None:
+        error = None
+        try:
+            call()
+        except Exception as found:
+            error = found
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(end, error)
+
+    threading.Thread(target=run, daemon=True, name="connecting").start()
+    await done
 
 
 def _form(x: Any) -> dict[str, Any]:

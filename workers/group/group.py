@@ -175,16 +175,20 @@ class Group:
                 from .distributed import opened
 
                 hosts = [direct.host for direct, _ in table.members]
-                async with asyncio.timeout(max(1.0, end - loop.time())):
-                    self._calls = await opened(self._mesh, backend, hosts, self._reached)
+                left = max(1.0, end - loop.time())
+                async with asyncio.timeout(left):
+                    self._calls = await opened(self._mesh, backend, hosts, self._reached, left)
         except BaseException:
+            self._calls = None
             self._mesh.close()
             raise
 
     async def close(self) -> None:
         """Leaves the group; the others get all that was sent to them."""
-        await self._calls.close()
-        await self._mesh.leave()
+        calls, self._calls = self._calls, None
+        if calls is not None:
+            await calls.close()
+            await self._mesh.leave()
 
     async def _call(self, what: list[Any], run: Callable[[int], Awaitable[T]], timeout: float | None) -> T:
         if self._calls is None:
@@ -247,6 +251,8 @@ class Group:
     def _reduced(self, x: Any, op: str) -> list[Any]:
         form = described(x)
         check_op(op, form[0])
+        if self._calls is not None:
+            self._calls.check(form[0])
         return [op, *form]
 
 
@@ -297,6 +303,9 @@ class SyncGroup:
 
     def run(self, call: Coroutine[Any, Any, T]) -> T:
         """What a call of the group gives; Ctrl-C gives it up."""
+        if self._loop.is_closed():
+            call.close()
+            raise Refused("the group is closed: open it anew")
         future = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
             return future.result()

@@ -100,7 +100,8 @@ class Meeting(Worker):
             async with asyncio.timeout(within):
                 await asyncio.shield(self._ended)
         except TimeoutError:
-            return {"missing": self._missing()}
+            if not self._ended.done():
+                return {"missing": self._missing()}
         finally:
             if not self._ended.done():
                 self._came.remove(member)
