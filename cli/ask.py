@@ -9,7 +9,7 @@ import typer
 
 from ..schema.address import BROKER_VARIABLE, DEFAULT_BROKER
 from ..schema.errors import Refused, WorkerLost
-from .shared import Broker, Json, Keys, print_json, read_array, run
+from .shared import Broker, Json, Keys, check_broker, print_json, read_array, run
 
 if TYPE_CHECKING:
     from ..client.results import Hits
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 def status(
     broker: Annotated[
         str | None,
-        typer.Option("--broker", metavar="URL", help="[default: $RALMQ_BROKER, else what `ralmq up` started]"),
+        typer.Option(
+            "--broker",
+            metavar="URL",
+            callback=check_broker,
+            help="[default: $RALMQ_BROKER, else what `ralmq up` started]",
+        ),
     ] = None,
     expect: Annotated[
         list[str] | None, typer.Option("--expect", metavar="SERVICE", help="Exit 1 unless it is served; repeatable.")
@@ -27,7 +32,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show broker, workers, services and pipelines."""
-    url = broker or os.environ.get(BROKER_VARIABLE) or _recorded() or DEFAULT_BROKER
+    url = broker or check_broker(os.environ.get(BROKER_VARIABLE) or None) or _recorded() or DEFAULT_BROKER
     found = run(_status(url))
     if as_json:
         print_json(found)

@@ -1,5 +1,6 @@
 """What a failure looks like to the user: one line that names what to mend, and the exit code. Knows no command."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -55,8 +56,22 @@ def explained(error: Exception) -> tuple[int, str]:
         return BAD_INPUT, _line(str(error))  # a file or folder that one of our readers refuses
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return FAILED, _line(f"{where}{error.strerror}")
+        return FAILED, _line(f"{where}{error.strerror}{_hint(error)}")
     return FAILED, _line(f"{type(error).__name__}: {error}") + " (`ralmq --debug` shows the traceback)"
+
+
+def _hint(error: OSError) -> str:
+    """What to do about it, where that is the same for every file."""
+    hints = {
+        errno.ENOENT: ": name another place, one that is there",
+        errno.ENOTDIR: ": name another place, within a folder",
+        errno.EACCES: ": name another place, or see who may use this one (`ls -ld`)",
+        errno.EPERM: ": name another place, or see who may use this one (`ls -ld`)",
+        errno.EROFS: ": name another place, this one cannot be written to",
+        errno.ENOSPC: ": make room there, or name another place",
+        errno.EMFILE: ": raise the limit of open files (`ulimit -n`)",
+    }
+    return hints.get(error.errno or 0, "")
 
 
 def _line(text: str) -> str:

@@ -9,7 +9,7 @@ from ..schema.errors import Refused
 from . import index_build as made_of
 from .index_add import add
 from .index_live import register
-from .shared import Keys, run, show_help
+from .shared import Keys, check_broker, run, show_help
 
 index = typer.Typer(help="Indexes of your own texts and vectors.", invoke_without_command=True, rich_markup_mode=None)
 register(index)
@@ -24,7 +24,7 @@ def _group(context: typer.Context) -> None:
 
 Sources = Annotated[
     list[Path],
-    typer.Argument(metavar="SOURCE...", help=".txt .md .rst .py files or folders; or one .npy file of vectors."),
+    typer.Argument(metavar="SOURCE", help=".txt .md .rst .py files or folders; or one .npy file of vectors."),
 ]
 Model = Annotated[
     str | None,
@@ -62,6 +62,7 @@ Cluster = Annotated[
     typer.Option(
         "--broker",
         metavar="URL",
+        callback=check_broker,
         help="A cluster that serves the model or the encoder.  [default: of a directory one is started; a name is "
         "asked at $RALMQ_BROKER, else tcp://127.0.0.1:5555]",
     ),
@@ -101,6 +102,7 @@ def build(
     if text:
         made_of.words(name, sources, out)
     else:
+        made_of.check(name, out, how)
         if vectors:
             made = made_of.vectors(name, vectors[0], out, fields, encoder, how)
         elif model is not None:
@@ -130,7 +132,8 @@ def _check_extras(options: dict[str, Any], right: bool, whose: str) -> None:
 
 def _say_how(out: Path, shards: int, encoder: str) -> None:
     if shards > 1:
-        typer.echo(f"serve each shard i with `ralmq worker index -o index={out} -o shard=i/{shards}`")
+        each = f"`ralmq worker index -o index={out} -o shard=i/{shards}`"
+        typer.echo(f"serve it with `ralmq up --index {out}`, or each shard i with {each}")
     else:
         typer.echo(f"serve it with `ralmq up --index {out}` or `ralmq worker index -o index={out}`")
     if encoder and (directory := made_of.named(encoder)[1]) is not None:

@@ -10,7 +10,7 @@ import typer
 
 from ..schema.address import BROKER_VARIABLE, DEFAULT_BROKER
 from ..schema.errors import Refused
-from .shared import without_keys
+from .shared import check_broker, without_keys
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -29,6 +29,13 @@ def check_free(out: Path) -> None:
     """Refuses to write over an index that nobody asked to replace."""
     if any((place / "manifest.json").exists() for place in (out, out / "shard-0")):
         raise Refused(f"{out}: holds an index already; add --replace to build anew over it, or choose another --out")
+
+
+def check(name: str, out: Path, how: dict[str, Any]) -> None:
+    """Refuses what cannot be built wherever the vectors come from, before they are made."""
+    from ..workers.index.writer import Build, check_build
+
+    check_build(out, name, Build(**how))
 
 
 def vectors(name: str, source: Path, out: Path, fields: Path | None, encoder: str, how: dict[str, Any]) -> "Manifest":
@@ -78,9 +85,12 @@ async def datastore(
     from ..client.client import connect
     from ..workers.datastore.build import build_datastore
     from ..workers.datastore.sources import read_documents
+    from ..workers.engine.config import is_encoder, read_json
     from ..workers.models import resolve
 
     called, directory = resolve(model)
+    if is_encoder(read_json(directory / "config.json")):
+        raise Refused(f"{directory}: is an encoder, no language model; give it as --encoder {model}")
     vocabulary = directory / "tokenizer.json"
     if not vocabulary.is_file():
         raise Refused(f"{directory}: holds no tokenizer.json, so no text can be indexed; add the model's own")
@@ -109,16 +119,21 @@ async def encoded(
 ) -> "Manifest":
     """Of the passages of texts, their vectors made by an encoder that is served, or started from its directory."""
     from ..client.client import connect
-    from ..workers.datastore.encoded import build_encoded
+    from ..workers.datastore.encoded import build_encoded, embedded, passage_fields
     from ..workers.datastore.sources import read_documents
+    from ..workers.index.writer import Build, check_build
 
     called, directory = named(encoder)
     reading = read_documents(sources)
+    found = passage_fields(reading.documents)
+    check_build(out, name, Build(**how), total=len(found))
     with _bars() as shown:
         shown.left_out(reading.skipped)
         shown("reach the encoder", 0, 1)
         async with _encoder(directory, broker) as url, connect(url) as client:
             shown("reach the encoder", 1, 1)
+            width = (await embedded(client, called, [found[0]["text"]])).shape[1]
+            check_build(out, name, Build(**how), total=len(found), width=width)
             return await build_encoded(
                 client,
                 encoder=called,
@@ -156,7 +171,7 @@ def named(encoder: str) -> tuple[str, Path | None]:
 async def _encoder(directory: Path | None, broker: str | None) -> AsyncIterator[str]:
     """The address of a broker where the encoder is served; a directory is served for as long as this lives."""
     if broker is not None or directory is None:
-        yield broker or os.environ.get(BROKER_VARIABLE) or DEFAULT_BROKER
+        yield broker or check_broker(os.environ.get(BROKER_VARIABLE) or None) or DEFAULT_BROKER
         return
     from ..cluster.local import local_cluster
 

@@ -52,7 +52,7 @@ def create(
 
 def delete(
     name: Name,
-    ids: Annotated[list[int], typer.Argument(metavar="ID...", min=0, help="Ids to delete.")],
+    ids: Annotated[list[int], typer.Argument(metavar="ID", min=0, help="Ids to delete.")],
     broker: Broker = DEFAULT_BROKER,
     keys: Keys = None,
     as_json: Json = False,

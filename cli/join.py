@@ -14,7 +14,7 @@ from ..schema.keys import KEYS_VARIABLE, broker_key, key_for, read_entries
 from .background import clear_logs, detach, joined
 from .failures import PREFIX
 from .serve import check_bind
-from .shared import Keys, run
+from .shared import Keys, check_broker, run
 
 if TYPE_CHECKING:
     from ..cluster.cluster import Cluster
@@ -26,7 +26,10 @@ WAIT: Final = 30.0  # seconds for the broker of another machine
 
 
 def join(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Address of the broker, as tcp://192.168.1.10:5555.")],
+    url: Annotated[
+        str,
+        typer.Argument(metavar="URL", callback=check_broker, help="Address of the broker, as tcp://192.168.1.10:5555."),
+    ],
     machine: Annotated[
         str, typer.Option("--machine", metavar="NAME", help="Which one this is of the cluster's file. [default: host]")
     ] = "",
@@ -67,7 +70,8 @@ def join(
         from ..cluster.site import asked
         from ..cluster.tasks import on_machine
 
-        return on_machine(await asked(url, here, WAIT) if offered is None else offered, moved), {}
+        tasks = await asked(url, here, WAIT, _tell) if offered is None else offered
+        return on_machine(tasks, moved), {}
 
     def now() -> "Sequence[Task]":
         return run(wanted())[0]
@@ -119,7 +123,8 @@ def up_file(file: Path, machine: str, *, in_background: bool, url: str = "", key
         how = {"join": url or settings.broker}
     others = [name for name, tasks in layout.machines.items() if tasks and name != here] if center else []
     outside = settings.broker if settings.bind else ""
-    _serve({**how, "site": "" if alone else here, "outside": outside}, wanted, str(file), alone=alone, others=others)
+    how |= {"site": "" if alone else here, "outside": outside}
+    _serve(how, wanted, str(file), alone=alone, others=others, notes=layout.idle if center else ())
 
 
 def _take_keys(source: "Source", here: str, url: str, given: str | None) -> None:
@@ -165,8 +170,10 @@ def _offered(model: str, memory: str, speed: str) -> "list[Task]":
     from ..cluster.tasks import Task
     from ..schema.plan.slots import devices_of, read_speeds
     from ..workers.models import resolve
+    from ..workers.weigh import weigh
 
     name, place = resolve(model)
+    weigh(model)  # what is no language model is refused here, not by a process once the broker is reached
     speeds = read_speeds(speed) if speed else ()
     tasks = []
     for slot in devices_of(name, memory or "1B", speeds):
@@ -182,14 +189,24 @@ def _offered(model: str, memory: str, speed: str) -> "list[Task]":
     return tasks
 
 
-def _serve(how: dict[str, Any], wanted: "Wanted", origin: str, *, alone: bool, others: Sequence[str] = ()) -> None:
+def _serve(
+    how: dict[str, Any],
+    wanted: "Wanted",
+    origin: str,
+    *,
+    alone: bool,
+    others: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> None:
     try:
-        run(_served(how, wanted, origin, alone, others))
+        run(_served(how, wanted, origin, alone, others, notes))
     except (KeyboardInterrupt, typer.Exit):
         typer.echo("ended")  # being told to stop is how it ends
 
 
-async def _served(how: dict[str, Any], wanted: "Wanted", origin: str, alone: bool, others: Sequence[str]) -> None:
+async def _served(
+    how: dict[str, Any], wanted: "Wanted", origin: str, alone: bool, others: Sequence[str], notes: Sequence[str]
+) -> None:
     from ..cluster.cluster import Cluster
     from ..cluster.record import holding, state_directory
     from ..cluster.site import Site
@@ -200,29 +217,35 @@ async def _served(how: dict[str, Any], wanted: "Wanted", origin: str, alone: boo
         async with Cluster(directory, **how) as cluster:
 
             def shown(status: dict[str, Any]) -> None:
-                show(cluster, status)
-                for name in others:
-                    typer.echo(f"on {name}: ralmq join {cluster.outside} --machine {name}{_flag()}")
+                line = f"ralmq join {cluster.outside} --machine"
+                show(cluster, status, [*notes, *(f"on {name}: {line} {name}{_flag()}" for name in others)])
 
-            site = Site(
-                cluster, wanted, origin=origin, alone=alone, told=lambda line: typer.echo(f"{PREFIX}{line}", err=True)
-            )
-            await site.run(shown)
+            await Site(cluster, wanted, origin=origin, alone=alone, told=_tell).run(shown)
+
+
+def _tell(line: str) -> None:
+    typer.echo(f"{PREFIX}{line}", err=True)
 
 
 def _flag() -> str:
     return " --keys worker.key" if os.environ.get(KEYS_VARIABLE) else ""
 
 
-def show(cluster: "Cluster", status: dict[str, Any]) -> None:
-    """What came up, and where."""
+def show(cluster: "Cluster", status: dict[str, Any], notes: Sequence[str] = ()) -> None:
+    """What came up, and where; what is to be known besides; and whether it serves."""
     from rich.console import Console
 
     from .tables import processes
 
-    Console().print(processes({child.name: child.pid for child in cluster.children.values()}, cluster.url, status))
+    if cluster.children:
+        Console().print(processes({child.name: child.pid for child in cluster.children.values()}, cluster.url, status))
+    else:
+        typer.echo(f"nothing runs here: the cluster has no layers and no workers for {cluster.site}; Ctrl-C leaves it")
     if cluster.url != DEFAULT_BROKER:
         typer.echo(f"export {BROKER_VARIABLE}={cluster.url}")
     if cluster.outside != cluster.url:
         typer.echo(f"from other machines: {cluster.outside}")
-    typer.echo(f"ready at {cluster.url}")
+    for note in notes:
+        typer.echo(note)
+    lacking = cluster.lacking(status)
+    typer.echo(f"up at {cluster.url}, not ready yet: {', '.join(lacking)}" if lacking else f"ready at {cluster.url}")

@@ -25,10 +25,10 @@ Settings = dict[str, Any]  # the keyword arguments of local_cluster
 
 def up(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="A cluster file; without one, by options.")
+        Path | None, typer.Argument(metavar="FILE", help="A cluster file; without one, by options.")
     ] = None,
     machine: Annotated[str, typer.Option("--machine", help="Which machine of FILE this is. [default: host]")] = "",
-    index: Annotated[list[Path] | None, typer.Option("--index", metavar="DIR", help="An index to serve.")] = None,
+    index: Annotated[list[Path] | None, typer.Option("--index", metavar="DIR", help="An index; repeatable.")] = None,
     model: Annotated[str, typer.Option("--model", help="A model directory, or demo.")] = "demo",
     stages: Annotated[int, typer.Option("--stages", min=1, help="Processes that share the model's layers.")] = 2,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of each stage.")] = 1,
@@ -51,16 +51,35 @@ def up(
             raise Refused("--port and --bind both name an address: give one of them")
         bind = f"tcp://127.0.0.1:{port}"
     check_bind(bind, insecure=insecure, keys=keys)
+    _check_stages(model, stages)
     paths = [path.expanduser() for path in index or ()]
     if in_background:
         flags = [flag for path in paths for flag in ("--index", str(path))] + (["--insecure"] if insecure else [])
         detach(["up", "--model", model, "--stages", str(stages), "--threads", str(threads), "--bind", bind, *flags])
         return
-    settings = {"model": model, "stages": stages, "threads": threads, "indexes": paths, "bind": bind}
+    shards = [worker for path in paths for worker in _shards(path)]
+    whole = [path for path in paths if not _shards(path)]
+    settings: Settings = {"model": model, "stages": stages, "threads": threads, "indexes": whole, "bind": bind}
+    settings["extra"] = shards
     try:
         run(_up({**settings, "insecure": insecure}))
     except (KeyboardInterrupt, typer.Exit):
         typer.echo("ended")  # being told to stop is how it ends
+
+
+def _check_stages(model: str, stages: int) -> None:
+    """Before any of them is started, since a stage is a process that loads torch."""
+    from ..workers.weigh import weigh
+
+    sizes = weigh(model)
+    if stages > len(sizes.layers):
+        raise Refused(f"--stages {stages}: {sizes.name} has {len(sizes.layers)} layers; give 1 to {len(sizes.layers)}")
+
+
+def _shards(path: Path) -> list[list[str]]:
+    """A server for each shard of an index that is spread over several; none for a whole one."""
+    count = sum(place.is_dir() for place in path.glob("shard-*"))
+    return [["index", "-o", f"index={path}", "-o", f"shard={shard}/{count}"] for shard in range(count)]
 
 
 def down() -> None:

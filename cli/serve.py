@@ -14,8 +14,9 @@ import typer
 
 from ..schema.address import DEFAULT_BROKER
 from ..schema.errors import Refused
+from ..schema.keys import key_for
 from .failures import DEBUG
-from .shared import Broker, Keys
+from .shared import LAST_PORT, Broker, Keys
 
 if TYPE_CHECKING:
     from ..broker.server import Server
@@ -60,11 +61,18 @@ def worker(
 ) -> None:
     """Run a worker until SIGTERM or Ctrl-C; it waits for the broker for as long as it takes."""
     _log()
+    key_for(broker, keys, works=True)  # a fault in them is told before the worker loads anything
     from ..workers.options import build
     from ..workers.process import run
     from ..workers.registry import find
 
-    run(build(find(kind), option or []), broker, name=name)
+    found = find(kind)
+    for pair in option or ():
+        if not pair.partition("=")[0].isidentifier() or "=" not in pair:
+            raise Refused(
+                f"-o {pair} is no key=value: write one of the options that `ralmq worker {kind} --help` lists"
+            )
+    run(build(found, option or []), broker, name=name)
 
 
 def check_bind(bind: str, *, insecure: bool, keys: str | None) -> None:
@@ -88,8 +96,9 @@ def _private(bind: str) -> bool:
     """
     if bind.startswith("ipc://"):
         return True
-    host, colon, _ = bind.removeprefix("tcp://").rpartition(":")
-    if not bind.startswith("tcp://") or not colon:
+    host, colon, port = bind.removeprefix("tcp://").rpartition(":")
+    known = port == "*" or (port.isdecimal() and int(port) <= LAST_PORT)  # libzmq takes others modulo 65536
+    if not bind.startswith("tcp://") or not colon or not host or not known:
         raise Refused(f"{bind} is no address that a broker binds: give tcp://host:port or ipc://path")
     host = host.strip("[]")
     try:

@@ -4,10 +4,11 @@ import asyncio
 import json
 import math
 import os
+import re
 import signal
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import typer
 
@@ -17,7 +18,33 @@ from ..schema.keys import KEYS_VARIABLE
 
 T = TypeVar("T")
 
-Broker = Annotated[str, typer.Option("--broker", envvar=BROKER_VARIABLE, metavar="URL", help="Address of the broker.")]
+_TCP: Final = re.compile(r"tcp://(?P<host>\[[^\]\s]+\]|[^\[\]/:*\s]+):(?P<port>[1-9]\d{0,4})")
+_MEANT: Final = re.compile(r"(?:[a-z]+:?/+|/*)([^/:*\s]+:[1-9]\d{0,4})/*")  # another scheme, none, a slash too many
+LAST_PORT: Final = 65535
+
+
+def check_broker(url: T) -> T:
+    """Refuses what no connection can be made to, before anything that takes time is done for it; None is no address.
+
+    Raises:
+        Refused: neither tcp://host:port nor ipc://path.
+    """
+    text = "" if url is None else str(url)
+    found = _TCP.fullmatch(text)
+    if url is None or text.removeprefix("ipc://") not in ("", text) or (found and int(found["port"]) <= LAST_PORT):
+        return url
+    meant = _MEANT.fullmatch(text) if found is None else None
+    hint = f"did you mean tcp://{meant[1]}?" if meant else "give tcp://host:port or ipc://path"
+    where = f" (of ${BROKER_VARIABLE})" if os.environ.get(BROKER_VARIABLE) == text else ""
+    raise Refused(f"{text or 'an empty text'}{where} is no broker address: {hint}")
+
+
+Broker = Annotated[
+    str,
+    typer.Option(
+        "--broker", envvar=BROKER_VARIABLE, metavar="URL", callback=check_broker, help="Address of the broker."
+    ),
+]
 
 
 def _used(path: str | None) -> str | None:

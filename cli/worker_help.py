@@ -9,6 +9,8 @@ from typing import Any, Final, NamedTuple
 
 from typer.core import TyperCommand
 
+from ..schema.errors import Refused
+
 INDENT: Final = " " * 4
 _ARGUMENT: Final = re.compile(INDENT + r"(\w+(?:, \w+)*): (.*)")
 NAMES: Final = {"Path": "path", "NoneType": "none", "bool": "true|false"}
@@ -29,7 +31,9 @@ class WorkerCommand(TyperCommand):
     _named: str | None = None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = self.make_parser(ctx).parse_args(list(args))[0]
+        given, left, _ = self.make_parser(ctx).parse_args(list(args))
+        if option := next((text for text in left if "=" in text), None):
+            raise Refused(f"{option} is an option of the worker: write -o {option}")
         self._named = given.get("kind") if isinstance(given.get("kind"), str) else None
         return super().parse_args(ctx, args)
 

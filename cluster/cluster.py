@@ -147,6 +147,15 @@ class Cluster:
         finally:
             slow.cancel()
 
+    def lacking(self, status: dict[str, Any]) -> list[str]:
+        """What does not serve yet, since it waits for other machines; `ready` does not wait for that."""
+        waiting = [child for child in self._chosen(()) if child.waits and not _announced(child, status)]
+        unformed = [line for line in status["pipelines"] if not line["formed"]]
+        return [
+            *(f"{child.name} waits for its layers" for child in waiting),
+            *(f"{line['model']} lacks layers {line['missing']}" for line in unformed),
+        ]
+
     async def ended(self) -> Child:
         """The next process that ends without being asked to."""
         return await self._ended.get()
@@ -200,19 +209,21 @@ class Cluster:
                 raise child.failure()
 
     def _missing(self, status: dict[str, Any], only: Collection[str], pipelines: bool) -> str:
-        pids = {worker["pid"] for worker in status["workers"]}
-        labels = {worker["name"].rpartition("-")[0] for worker in status["workers"]}  # pids of others may be the same
         silent = [
             child.name
             for child in self._chosen(only)
-            if child.name != "broker"
-            and not child.waits
-            and (child.label not in labels if child.label else child.pid not in pids)
+            if child.name != "broker" and not child.waits and not _announced(child, status)
         ]
         if silent:
             return f"{', '.join(silent)} not announced yet"
         lines = status["pipelines"] if pipelines else ()
         return ", ".join(f"{line['model']} lacks layers {line['missing']}" for line in lines if not line["formed"])
+
+
+def _announced(child: Child, status: dict[str, Any]) -> bool:
+    if child.label:  # pids of other machines may be the same
+        return any(worker["name"].rpartition("-")[0] == child.label for worker in status["workers"])
+    return any(worker["pid"] == child.pid for worker in status["workers"])
 
 
 async def _address(broker: Child) -> str:

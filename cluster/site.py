@@ -12,13 +12,14 @@ from ..client.client import connect
 from ..schema.errors import RalmqError, Refused
 from ..schema.keys import CLUSTER
 from .child import BAD_INPUT
-from .cluster import POLL, Cluster
+from .cluster import PATIENCE, POLL, Cluster
 from .record import write
 from .supervise import supervise
 from .tasks import Task, task_of
 
 PUBLISH: Final = f"{CLUSTER}.publish"
 DEADLINE: Final = 10.0
+LOOK: Final = 0.5  # seconds between two looks whether all layers are there
 SOON: Final = 5.0  # seconds after which a broker that has just been started must have been told the file
 AGAIN: Final = signal.SIGUSR1  # asks a supervisor to look whether there is more to start
 
@@ -62,10 +63,13 @@ class Site:
         loop.add_signal_handler(AGAIN, more.set)
         try:
             self.record()
-            shown(await self._add())
+            status = await self._add()
+            shown(status)
             self._ready = True
             self.record()
             jobs = [supervise(self.cluster, self._told, self._changed), self._grow(more), self._publish()]
+            if self.cluster.lacking(status):
+                jobs.append(self._complete())
             await _first_end([loop.create_task(job) for job in jobs])
         finally:
             loop.remove_signal_handler(AGAIN)
@@ -116,6 +120,17 @@ class Site:
             with contextlib.suppress(OSError):
                 self.record()
 
+    async def _complete(self) -> None:
+        """Says when what waited for other machines serves; endless, as the other jobs."""
+        async with connect(self.cluster.url, wait=float("inf"), name="supervisor") as client:
+            while True:
+                await asyncio.sleep(LOOK)
+                with contextlib.suppress(RalmqError):  # the broker may be away
+                    if not self.cluster.lacking(await client.status(deadline=DEADLINE)):
+                        break
+        self._tell(f"ready at {self.cluster.url}: all layers are there")
+        await asyncio.Event().wait()
+
     def _tell(self, line: str) -> None:
         with contextlib.suppress(OSError):  # the terminal is gone; what runs goes on
             self._told(line)
@@ -148,15 +163,23 @@ async def _first_end(jobs: Sequence["asyncio.Task[None]"]) -> None:
         await asyncio.gather(*jobs, return_exceptions=True)
 
 
-async def asked(url: str, machine: str, wait: float) -> list[Task]:
+async def asked(url: str, machine: str, wait: float, told: Callable[[str], None] = lambda line: None) -> list[Task]:
     """What the broker's plan has for a machine; see `task_of` for what is not taken.
+
+    Args:
+        told: hears what is waited for, where that takes long.
 
     Raises:
         NoBroker: it cannot be reached.
         Refused: the broker knows no cluster file, or none of its machines is called so.
     """
     names: list[str] = []
-    async with connect(url, wait=wait, name="join") as client:
+    line = f"waiting: the broker at {url} has not answered: is it started, and is that its address?"
+    slow = asyncio.get_running_loop().call_later(PATIENCE, told, line)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(slow.cancel)
+        client = await stack.enter_async_context(connect(url, wait=wait, name="join"))
+        slow.cancel()
         end = time.monotonic() + SOON
         while True:
             answer = (await client.request(CLUSTER, {"machine": machine}, deadline=DEADLINE)).body

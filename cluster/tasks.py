@@ -16,6 +16,7 @@ from ..workers.weigh import weigh
 from .addresses import is_here
 from .file import NAME, Machine, Model, Path_, Source, Value, suggestion
 from .memory import Memory
+from .options import check_workers
 
 OVER_THE_WIRE: Final = ("echo", "stage", "index", "generator", "encoder", "t5-encoder")
 NOT_OVER_THE_WIRE: Final = ("hooks",)  # options that name code
@@ -87,6 +88,16 @@ class Layout:
     machines: dict[str, list[Task]]
     plans: dict[str, Plan] = field(default_factory=dict)
 
+    @property
+    def idle(self) -> list[str]:
+        """A line for each device that a plan leaves without layers."""
+        return [
+            f"{_called(share.slot)} gets no layers of {name}: {share.why}"
+            for name, plan in self.plans.items()
+            for share in plan.shares
+            if not share.used
+        ]
+
     def as_map(self) -> dict[str, Any]:
         """`machines` as `ralmq.cluster.publish` takes it."""
         return {name: [task.as_map() for task in tasks] for name, tasks in self.machines.items()}
@@ -100,9 +111,10 @@ def lay_out(source: Source, here: str = "") -> Layout:
             not run the broker, none is looked at, and what others start is left out.
 
     Raises:
-        Refused: a model that does not fit, spans that overlap or leave layers out, a directory that is not there;
-            the message names the line.
+        Refused: a worker or an option that there is not, a model that does not fit, spans that overlap or leave layers
+            out, a directory that is not there; the message names the line.
     """
+    check_workers(source)
     layout = Layout({name: [] for name in source.file.machines})
     memory = Memory(source)
     models = source.file.models
@@ -251,6 +263,10 @@ def _add(source: Source, layout: Layout, machine: str, task: Task, place: Path_ 
     if any(other.name == task.name for other in layout.machines[machine]):
         raise source.fault(place, f"two processes of {machine} are called {task.name}: give one of them another name")
     layout.machines[machine].append(task)
+
+
+def _called(slot: Slot) -> str:
+    return slot.name if slot.device == "cpu" else f"{slot.device} of {slot.name}"
 
 
 def _concerns(source: Source, model: Model, machine: str) -> bool:

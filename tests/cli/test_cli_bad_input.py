@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from commands import bound_address, env_of, eventually, ralmq, started
 from ralmq.cli.main import app
+from serving import free_url
 from typer.testing import CliRunner
 
 CASES = {
@@ -37,6 +38,14 @@ CASES = {
     "any interface": (["broker", "--bind", "tcp://*:0"], "add --insecure"),
     "no address": (["broker", "--bind", "127.0.0.1:5555"], "no address that a broker binds"),
     "no port": (["broker", "--bind", "tcp://127.0.0.1"], "no address that a broker binds"),
+    "a port that cannot be bound": (["broker", "--bind", "tcp://127.0.0.1:99999"], "no address that a broker binds"),
+    "no host": (["up", "--bind", "tcp://:5555"], "no address that a broker binds"),
+    "more stages than layers": (["up", "--stages", "99"], "--stages 99: demo has 6 layers; give 1 to 6"),
+    "an option without -o": (["worker", "echo", "delay_ms=3"], "delay_ms=3 is an option of the worker: write -o delay"),
+    "an option without a name": (
+        ["worker", "echo", "-o", "=3"],
+        "-o =3 is no key=value: write one of the options that",
+    ),
     "an unknown worker": (["worker", "nobody"], "no worker is called nobody: there are echo, stage"),
     "a module that is not there": (["worker", "no.such:Thing"], "cannot import no.such"),
     "a class that is no worker": (["worker", "json:JSONDecoder"], "no subclass of ralmq.Worker"),
@@ -44,8 +53,38 @@ CASES = {
     "a worker option of another type": (["worker", "echo", "-o", "delay_ms=soon"], "-o delay_ms=soon"),
     "no key=value": (["worker", "echo", "-o", "delay_ms"], "no key=value"),
     "no address of a broker": (["worker", "echo", "--broker", "nowhere"], "no broker address"),
+    "no address, before a model is loaded": (
+        ["worker", "stage", "-o", "model=demo", "-o", "stage=0/1", "--broker", "127.0.0.1:5555"],
+        "127.0.0.1:5555 is no broker address: did you mean tcp://127.0.0.1:5555?",
+    ),
+    "another scheme": (["status", "--broker", "http://localhost:80"], "did you mean tcp://localhost:80?"),
+    "a port that cannot be": (["generate", "a", "--model", "m", "--broker", "tcp://h:70000"], "give tcp://host:port"),
+    "an address to bind": (["join", "tcp://*:5555"], "tcp://*:5555 is no broker address"),
+    "no keys, before a model is loaded": (
+        ["worker", "stage", "-o", "model=demo", "-o", "stage=0/1", "--keys", "gone"],
+        "gone: No such file or directory: name a key file",
+    ),
     "a missing model directory": (["worker", "stage", "-o", "model=gone", "-o", "stage=0/2"], "gone: no such model"),
     "a directory without a model": (["worker", "generator", "-o", "model=."], "holds no config.json"),
+    "an encoder given as a language model": (
+        ["worker", "stage", "-o", "model=encoder", "-o", "stage=0/1"],
+        "'bert' is an encoder, which generates no text: serve it with `ralmq worker encoder -o model=",
+    ),
+    "an encoder to be planned": (["plan", "--model", "encoder", "--worker", "a=1GiB,1"], "is an encoder, which"),
+    "an encoder to be started": (["up", "--model", "encoder", "--bind", "tcp://127.0.0.1:*"], "is an encoder, which"),
+    "an encoder to be joined with": (["join", "tcp://h:1", "--model", "encoder"], "is an encoder, which"),
+    "an encoder of another kind": (
+        ["plan", "--model", "distil", "--worker", "a=1GiB,1"],
+        "and `ralmq worker encoder` serves those of bert, roberta, xlm-roberta, camembert alone",
+    ),
+    "an encoder to score texts": (
+        ["index", "build", "a", "t.txt", "--model", "encoder", "--out", "o"],
+        "is an encoder, no language model; give it as --encoder encoder",
+    ),
+    "devices that are not there": (
+        ["worker", "stage", "-o", "model=demo", "-o", "stage=0/1", "-o", "tp=2", "-o", "device=cuda:70"],
+        "device=cuda:70 cannot be used",
+    ),
     "a missing index": (["worker", "index", "-o", "index=gone"], "gone: no such index directory"),
     "a missing source": (["index", "build", "a", "gone", "--model", "plain", "--out", "o"], "gone: no such file"),
     "a model without a tokenizer": (
@@ -67,6 +106,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / name).mkdir()
         (home / name / "config.json").write_text("{}")
     (home / "plain" / "tokenizer.json").write_text("{}")
+    for name, kind in (("encoder", "bert"), ("distil", "distilbert")):
+        (home / name).mkdir()
+        (home / name / "config.json").write_text(json.dumps({"model_type": kind, "hidden_size": 8}))
     (home / "t.txt").write_text("text")
     (home / "text.npy").write_text("no array")
     (home / "objects.npy").write_bytes(_object_array(home))
@@ -92,6 +134,24 @@ def test_one_line_names_what_to_mend(case: str, home: Path, monkeypatch: pytest.
     assert (code, out) == (2, "")
     assert part in line
     assert line.startswith("ralmq: ") and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [("keys", "init"), ("split", "demo", "--stages", "2"), ("index", "create", "i", "--dim", "2", "--out")]
+)
+def test_a_place_where_nothing_can_be_made(arguments: tuple[str, ...], home: Path) -> None:
+    """The system's own word, and what to do about it."""
+    done = ralmq(*arguments, "/proc/nobody/x", home=home)
+    assert done.returncode == 1
+    assert done.stderr.endswith(
+        "ralmq: /proc/nobody: No such file or directory: name another place, one that is there\n"
+    )
+
+
+def test_who_joins_hears_what_is_waited_for(tmp_path: Path) -> None:
+    url = free_url()
+    with started("join", url, "--machine", "m", home=tmp_path):
+        eventually(lambda: f"ralmq: waiting: the broker at {url} has not answered" in (tmp_path / "out").read_text())
 
 
 def test_an_unreadable_checkpoint(home: Path) -> None:

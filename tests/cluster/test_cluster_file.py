@@ -1,11 +1,14 @@
 """A cluster file: what each machine starts of it, and each fault with its line and what to write instead."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 from ralmq.cluster.file import read_file
+from ralmq.cluster.options import declared
 from ralmq.cluster.tasks import Layout, Task, lay_out, on_machine, task_of, this_machine
 from ralmq.errors import Refused
+from ralmq.workers.registry import BUILT_IN, find
 
 TWO = """\
 [cluster]
@@ -78,6 +81,15 @@ def test_the_planner_splits_a_model_over_machines(tmp_path: Path) -> None:
     assert lap["upper-0"] == Task("upper-0", "my_package:Upper", {"loud": "true", "times": "2"})
     assert lap["upper-0"].flags == ["-o", "loud=true", "-o", "times=2"]
     assert layout.plans["demo"].used
+
+
+def test_who_is_left_without_layers_is_told(tmp_path: Path) -> None:
+    slow = TWO.replace("speed = 2", "speed = 0.01").replace('"48MiB"\nspeed = 10', '"cpu:48MiB"\nspeed = 100')
+    layout = laid_out(tmp_path, slow)
+    (line,) = layout.idle
+    assert line.startswith("lap gets no layers of demo: one layer would be slower")
+    assert not any(task.worker == "stage" for task in layout.machines["lap"])
+    assert laid_out(tmp_path, TWO).idle == []
 
 
 def test_a_machine_has_models_of_its_own_folders(tmp_path: Path) -> None:
@@ -186,7 +198,7 @@ def test_a_ring_is_for_all_stages(tmp_path: Path) -> None:
         ("[indexes.notes]", '[indexes."my notes"]', "cluster.toml:20: 'my notes' is no name"),
         (
             'worker = "my_package:Upper"',
-            'name = "index-notes"\nworker = "echo"',
+            'name = "index-notes"\nworker = "my_package:Upper"',
             "cluster.toml:25: two processes of lap are called index-notes",
         ),
     ],
@@ -195,6 +207,56 @@ def test_each_fault_is_one_line_with_its_place(tmp_path: Path, old: str, new: st
     assert old in TWO
     found = fault(tmp_path, TWO.replace(old, new))
     assert said in found, found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "my_package:Upper",
+            "ecko",
+            "cluster.toml:26: no worker is called 'ecko' (one of your own is written module:Class): did you mean echo?",
+        ),
+        ("my_package:Upper", "my-package:Upper", "cluster.toml:26: 'my-package:Upper' names no class"),
+        ("my_package:Upper", "echo", "cluster.toml:28: echo has no option loud: there are delay_ms, jitter_ms"),
+        ("{ loud = true, times = 2 }", "{}", ""),
+        ("my_package:Upper", "encoder", "cluster.toml:28: encoder has no option loud"),
+        ('"my_package:Upper"\n', '"module"\n# ', "cluster.toml:28: module has no option loud"),
+        ("{ shard", "{ shards", "cluster.toml:23: index has no option shards: did you mean shard?"),
+        ("kv_tokens = 100", "options = { chunks = 4 }", "cluster.toml:18: stage has no option chunks: did you mean ch"),
+        ("kv_tokens = 100", "options = { chunk = 'x' }", "18: chunk of stage should be a whole number, not 'x'"),
+        ("kv_tokens = 100", "options = { packed = 2 }", "18: packed of stage should be true or false, not 2"),
+        (
+            "kv_tokens = 100",
+            "stages = [\n{ layers = '0:3' },\n{ machine = 'lap', layers = '3:6', options = { dtpe = 'int8' } },\n]",
+            "cluster.toml:20: stage has no option dtpe: did you mean dtype?",
+        ),
+    ],
+)
+def test_workers_and_options_of_every_machine_are_looked_at(tmp_path: Path, old: str, new: str, said: str) -> None:
+    """Also of a machine that is not this one: its own start would tell it late, and elsewhere."""
+    assert old in TWO
+    text = TWO.replace(old, new)
+    if said:
+        found = fault(tmp_path, text)
+        assert said in found, found
+    else:
+        assert laid_out(tmp_path, text).machines["lap"][-1].options == {}
+
+
+def test_a_worker_that_lacks_an_option_it_needs(tmp_path: Path) -> None:
+    said = fault(tmp_path, '[machines.a]\n[[workers]]\nworker = "encoder"\nmachine = "a"\n')
+    assert said == "cluster.toml:2: encoder needs model: write options = { model = ... }"
+
+
+@pytest.mark.parametrize("worker", BUILT_IN)
+def test_what_is_read_of_a_class_is_what_it_takes(worker: str) -> None:
+    parameters = inspect.signature(find(worker)).parameters
+    needed = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    found = declared(worker)
+    assert found is not None and list(found) == list(parameters)
+    assert {name for name, (_, must) in found.items() if must} == needed
+    assert declared("my_package:Upper") is None
 
 
 @pytest.mark.parametrize(
@@ -333,7 +395,7 @@ def test_a_machine_without_a_model_needs_none(tmp_path: Path) -> None:
         ('[cluster]\nbind = "tcp://0.0.0.0"\n', "cluster.toml:2: 'tcp://0.0.0.0' is no address"),
         ('[[workers]]\nworker = "echo"\nname = "broker"\n', "cluster.toml:1: broker is the name of a process of the"),
         ('[[workers]]\nworker = "echo"\nname = "supervisor"\n', "supervisor is the name of a process of the cluster"),
-        ('[[workers]]\nworker = "my_package:"\n', "cluster.toml:1: 'my_package:' gives no name: write name = ..."),
+        ('[[workers]]\nworker = "my_package:"\n', "cluster.toml:2: 'my_package:' names no class: write module:Class"),
     ],
 )
 def test_more_faults_with_their_lines(tmp_path: Path, text: str, said: str) -> None:

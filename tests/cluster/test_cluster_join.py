@@ -119,7 +119,8 @@ def see_what_is_added(file: Path, up: tuple[str, ...], desk: Path) -> None:
     assert now["processes"][:-1] == before["processes"] and names(now)[-1] == "late"
     file.write_text(file.read_text() + extra.format(name="wrong", option="delayms"))
     done = ralmq(*up, home=desk)
-    assert done.returncode == 2 and "Echo has no option delayms" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "echo has no option delayms: did you mean delay_ms?" in done.stderr
+    assert f"{file}:{len(file.read_text().splitlines())}: " in done.stderr and done.stderr.count("\n") == 1
 
 
 def see_that_a_new_broker_is_told(url: str, desk: Path, home: Path) -> None:
@@ -219,9 +220,10 @@ def test_a_process_that_cannot_start_does_not_stand_in_the_way_of_the_next_try(t
     up = ("up", str(file), "--machine", "desk")
     with detached(*up, home=tmp_path / "desk") as first:
         assert names(first) == ["broker"]
-        file.write_text(text + MORE.format(name="good", option="delay_ms") + MORE.format(name="bad", option="delayms"))
+        wrong = MORE.format(name="bad", option="delay_ms").replace('"echo"', '"no.such:Thing"')
+        file.write_text(text + MORE.format(name="good", option="delay_ms") + wrong)
         done = ralmq(*up, home=tmp_path / "desk")
-        assert done.returncode == 2 and "Echo has no option delayms" in done.stderr, done.stderr
+        assert done.returncode == 2 and "cannot import no.such" in done.stderr, done.stderr
         good = record_of(tmp_path / "desk")["processes"][1]
         assert good["name"] == "good" and runs(good["pid"])
         file.write_text(text + MORE.format(name="good", option="delay_ms") + MORE.format(name="bad", option="delay_ms"))
@@ -246,3 +248,43 @@ def test_who_joins_before_the_cluster_is_up_waits_for_it(tmp_path: Path) -> None
             assert names(record_of(lap)) == ["echo-0"], (lap / "out").read_text()
             os.kill(joining.pid, signal.SIGINT)
             assert joining.wait(60) == 0
+
+
+SLOW = """\
+[cluster]
+broker = "{url}"
+[machines.desk]
+memory = "48MiB"
+speed = 100
+[machines.lap]
+memory = "48MiB"
+speed = 0.01
+[models.demo]
+path = "demo"
+kv_tokens = 100
+"""
+
+
+def test_a_machine_without_layers_is_said_on_both(tmp_path: Path) -> None:
+    url, file, lap = free_url(), tmp_path / "cluster.toml", tmp_path / "lap"
+    file.write_text(SLOW.format(url=url))
+    with detached("up", str(file), "--machine", "desk", home=tmp_path / "desk") as up:
+        assert "lap gets no layers of demo: one layer would be slower" in up["said"] and "on lap:" not in up["said"]
+        assert up["said"].endswith(f"ready at {url}\n")
+        with detached("join", url, "--machine", "lap", home=lap) as joined:
+            assert joined["processes"] == []
+            assert "nothing runs here: the cluster has no layers and no workers for lap" in joined["said"]
+
+
+def test_ready_is_said_once_the_stages_that_ask_have_their_layers(tmp_path: Path) -> None:
+    """Before that it is said what waits; both sides say it, and neither waits before it is up."""
+    url, file, lap = free_url(), tmp_path / "cluster.toml", tmp_path / "lap"
+    file.write_text(SLOW.format(url=url).replace('memory = "48MiB"\n', ""))  # so the broker splits it
+    lap.mkdir()
+    with detached("up", str(file), "--machine", "desk", home=tmp_path / "desk") as up:
+        assert up["said"].endswith(f"up at {url}, not ready yet: demo-cpu waits for its layers\n")
+        with started("join", url, "--machine", "lap", home=lap):
+            logs = [lap / "out", tmp_path / "desk" / "state" / "ralmq" / "local" / "supervisor.log"]
+            for log in logs:
+                eventually(lambda log=log: "all layers are there" in log.read_text())
+            assert [line["formed"] for line in status(tmp_path, url, keys="")["pipelines"]][:1] == [True]

@@ -112,6 +112,23 @@ def said(home: Path) -> str:
     return (home / "out").read_text()
 
 
+def test_each_shard_of_an_index_gets_a_server(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    np.save(tmp_path / "v.npy", vectors)
+    np.save(tmp_path / "q.npy", vectors[7:8])
+    built = ralmq("index", "build", "parts", "v.npy", "--out", "parts", "--shards", "2", home=tmp_path)
+    assert "serve it with `ralmq up --index parts`" in built.stdout
+    done = ralmq("up", "--detach", "--stages", "1", "--bind", "tcp://127.0.0.1:*", "--index", "parts", home=tmp_path)
+    try:
+        assert done.returncode == 0, done.stderr
+        assert "search:parts/0" in done.stdout and "search:parts/1" in done.stdout
+        url = json.loads((tmp_path / "state" / "ralmq" / "local" / "cluster.json").read_text())["url"]
+        found = ralmq("search", "parts", "q.npy", "--k", "1", "--json", "--broker", url, home=tmp_path)
+        assert json.loads(found.stdout)["ids"] == [[7]] and json.loads(found.stdout)["shards"] == [2, 2]
+    finally:
+        ralmq("down", home=tmp_path)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_cluster_in_the_foreground_ends_with_its_supervisor(number: signal.Signals, tmp_path: Path) -> None:
     options = ("--bind", "tcp://127.0.0.1:*", "--stages", "1")

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from encoder.encoders import CONTEXT, WORDS, oracle, write
-from ralmq.workers.encoder.model import load_encoder, read_encoder
+from ralmq.workers.encoder.model import MODEL_TYPES, load_encoder, read_encoder
 from ralmq.workers.encoder.settings import Settings, read_settings
+from ralmq.workers.engine.config import ENCODERS, read_config
 from ralmq.workers.engine.errors import CheckpointError
 from safetensors.torch import load_file, save_file
 
@@ -142,3 +143,14 @@ def test_settings_of_a_plain_directory(tmp_path: Path) -> None:
 def test_settings_that_are_refused(tmp_path: Path, files: dict[str, Any], said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
         read_settings(write(tmp_path / "m", files=files), 24)
+
+
+def test_what_is_served_here_is_said_where_a_language_model_is_wanted(tmp_path: Path) -> None:
+    """Another list, since the engine knows no worker: they say the same."""
+    assert set(ENCODERS) == set(MODEL_TYPES)
+    path = write(tmp_path / "e")
+    with pytest.raises(CheckpointError, match=f"serve it with `ralmq worker encoder -o model={path}`"):
+        read_config(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "is_decoder": True}))
+    assert read_config(path).layers == config["num_hidden_layers"]

@@ -53,10 +53,17 @@ def test_words(home: Path) -> None:
         (("v.npy", "--factory", "IVF8,PQ3"), "8 dimensions are no multiple of 3"),
         (("v.npy", "--fields", "a.txt"), "a.txt:1: is no JSON"),
         (("none.npy",), "none.npy: is no .npy file"),
+        (("a.txt", "--model", "demo", "--factory", "IVF9x"), "no such index is served; give Flat"),
+        (("a.txt", "--model", "demo", "--out", "a.txt"), "a.txt: is not a plain directory"),
+        (("a.txt", "--model", "demo", "--out", "a.txt/in"), "nothing can be written to"),
+        (("a.txt", "--model", "demo", "--broker", "nowhere"), "nowhere is no broker address"),
+        (("a.txt", "--encoder", "e", "--out", "a.txt"), "a.txt: is not a plain directory"),
+        (("a.txt", "--encoder", "e", "--factory", "IVF7,Flat"), "7 lists for 1 vectors"),
     ],
 )
 def test_what_cannot_be_built(home: Path, given: tuple[str, ...], said: str) -> None:
-    done = ralmq("index", "build", "v", *given, "--out", "out", home=home)
+    """In one line, which stands alone: before a model is started or a service is asked, there is no bar."""
+    done = ralmq("index", "build", "v", "--out", "out", *given, home=home)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     assert not (home / "out").exists()
 

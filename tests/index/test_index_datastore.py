@@ -52,6 +52,29 @@ def test_every_token_is_an_entry_once(scorer: Scorer, words: Tokenizer, tmp_path
     assert index.datastore.tokenizer.to_str() == words.to_str()
 
 
+@pytest.mark.parametrize(
+    ("changed", "asked", "said"),
+    [
+        ({"factory": "IVF9x"}, 0, "no such index is served"),
+        ({"shards": 2000}, 0, "2000 shards; give 1 to 1024"),
+        ({"factory": "HNSW8", "shards": 2, "by": "list"}, 0, "has no lists to spread by"),
+        ({"name": "two words"}, 0, "an index name is"),
+        ({"factory": "IVF1000,Flat"}, 1, "1000 lists for 108 vectors"),
+        ({"factory": "IVF8,PQ3"}, 1, "4 dimensions are no multiple of 3"),
+        ({"factory": "IVF8,PQ2"}, 1, "needs 256 vectors"),
+        ({"shards": 2, "by": "list"}, 1, "has no lists to spread by"),
+        ({"shards": 500}, 1, "500 shards for 108 vectors"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_anything_is_scored(
+    changed: dict[str, Any], asked: int, said: str, scorer: Scorer, words: Tokenizer, tmp_path: Path
+) -> None:
+    """At most the model is asked once what it is."""
+    with pytest.raises(OutputError, match=said):
+        build(scorer, words, tmp_path / "docs", **changed)
+    assert len(scorer.asked) == asked and list(tmp_path.iterdir()) == []
+
+
 def test_keys_belong_to_their_entries(scorer: Scorer, words: Tokenizer, tmp_path: Path) -> None:
     """The stand-in's key names its token, the token before, and the context it had: at least a quarter of a window."""
     stream = tokenize(DOCUMENTS, words).stream

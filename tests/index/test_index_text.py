@@ -163,6 +163,25 @@ def test_filters_choose_before_the_best_are_taken(built: Path) -> None:
         ask(index, "word1", filter={"start": {"near": 3}})
 
 
+def test_a_field_that_no_passage_has_is_refused(built: Path) -> None:
+    """As by an index of vectors, a live one too: a misspelt name would else look like a filter that nothing passes."""
+    index = TextIndex(built)
+    for condition in ({"lang": "de"}, {"or": [{"start": 0}, {"lang": "de"}]}, {"not": {"lang": "de"}}):
+        with pytest.raises(BadFilter, match="no entry has the field lang; filter by one of the fields"):
+            ask(index, "word1", filter=condition)
+    [number] = index.add([row_of({"text": "word1", "lang": "de"}, 99)])
+    assert ask(index, "word1", k=1, filter={"lang": "de"})[0] == [[number]]
+    with pytest.raises(BadFilter, match="no entry has the field tongue"):
+        ask(index, "word1", filter={"tongue": "de"})
+
+
+def test_how_far_to_look_changes_nothing(built: Path) -> None:
+    """Every passage is ranked: what bounds an approximate search has nothing to bound."""
+    wanted = ask(TextIndex(built), "word1 word2", k=50)
+    for more in ({"nprobe": 1}, {"ef": 1}, {"exact": True}):
+        assert ask(TextIndex(built), "word1 word2", k=50, **more) == wanted
+
+
 def test_changes_are_searched_at_once_and_are_there_after_opening_again(built: Path) -> None:
     index, texts = TextIndex(built), everything()
     assert not (built / LIVE).exists(), "nothing is copied before the first change"

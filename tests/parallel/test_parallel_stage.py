@@ -201,7 +201,7 @@ async def steps(running: Cluster) -> bool:
     [
         ({"tp": 3}, "tp=3 does not split 4 heads and 2 kv heads; give one of 1, 2, 4"),
         ({"tp": 2, "dtype": "fp8"}, "dtype fp8 is unknown"),
-        ({"tp": 2, "device": "cuda:7"}, "cannot load|rank 1"),
+        ({"tp": 2, "device": "cuda:7"}, "device=cuda:7 cannot be used"),
     ],
 )
 async def test_what_is_refused(model: Path, options: dict[str, Any], said: str) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ralmq.errors import DeadlineExceeded, RalmqError, Refused, WorkerFailed
 from ralmq.schema.tensor import tensor_of
 from ralmq.workers.base import Answer, Request, Worker
 from ralmq.workers.options import build
 from ralmq.workers.registry import find
 from ralmq.workers.stage.neighbours import Query, neighbours_of
+from ralmq.workers.stage.ranks import check_device
 from ralmq.workers.stage.worker import Stage
 from stage.pipelines import MODEL, Cluster, cluster, generated, prompts, scored, stages
 
@@ -118,10 +120,42 @@ def test_options(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
             Stage(**{"model": str(path), **options})
     for options, said in (
         ({"dtype": "int3"}, "dtype int3 is unknown: give one of fp32, bf16, fp16"),
-        ({"device": "cuda:77"}, "cannot load .* to cuda:77"),
+        ({"device": "cuda:77"}, "device=cuda:77 cannot be used: .*; give"),
+        ({"device": "cuda:77", "tp": 2}, "device=cuda:77 cannot be used: .*; give"),
+        ({"device": "cuda:x"}, "device=cuda:x is no device: give cpu, cuda or cuda:1"),
+        ({"device": "gpu"}, "device=gpu is none that torch can use here: give cpu, cuda or cuda:1"),
     ):
         with pytest.raises(Refused, match=said):
             asyncio.run(Stage(model=str(path), stage="0/1", **options).start())
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "said"),
+    [
+        ("cuda", 1, ""),
+        ("cuda:1", 1, ""),
+        ("cuda", 2, ""),
+        ("cuda:2", 1, "cuda:2 of 2 CUDA devices"),
+        ("cuda", 4, "cuda:0 to cuda:3 of 2 CUDA devices"),
+        ("cuda:1", 2, "cuda:1 to cuda:2 of 2 CUDA devices"),
+    ],
+)
+def test_the_devices_of_all_ranks_are_there(device: str, size: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if not said:
+        check_device(device, size)
+        return
+    with pytest.raises(Refused, match=said):
+        check_device(device, size)
+
+
+def test_without_a_device_of_cuda_it_is_said_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for version, said in ((None, "the torch installed here has no CUDA"), ("12.8", "torch sees no CUDA device here")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        with pytest.raises(Refused, match=f"device=cuda cannot be used: {said}; give device=cpu"):
+            check_device("cuda")
 
 
 QUERY = Query("i", 3, None, True, keys=[(bytes(16), 0), (bytes(16), 1)], positions=[4, 5])

@@ -11,11 +11,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ...client.client import Client
-from ..index.directory import check_replaceable
 from ..index.manifest import Manifest
 from ..index.progress import Progress, silent
-from ..index.writer import OWN_FILES, check_name, write_index
-from .score import IN_FLIGHT, score
+from ..index.writer import Build, check_build, write_index
+from .score import IN_FLIGHT, describe, score
 from .sources import Document
 from .tokenized import tokenize
 
@@ -46,11 +45,12 @@ async def build_datastore(
     total)` hears of the stages tokenize, score, train and fill, the last two from another thread. Raises OutputError,
     SourceError, RalmqError, OSError.
     """
-    check_name(name)
-    check_replaceable(out, OWN_FILES)
+    check_build(out, name, Build(**how))
     progress("tokenize", 0, 1)
     stream = (await asyncio.to_thread(tokenize, documents, tokenizer, max_tokens)).stream
     progress("tokenize", 1, 1)
+    info = await describe(client, model)
+    check_build(out, name, Build(**how), total=len(stream.entries()), width=info.d)
     scored = await score(client, model=model, stream=stream, in_flight=in_flight, progress=progress)
 
     def write(told: Progress) -> Manifest:

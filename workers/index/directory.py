@@ -32,6 +32,22 @@ def check_replaceable(out: Path, own: Collection[str]) -> None:
         raise OutputError(f"{out}: holds files that are no part of an index ({foreign[0]}); choose another --out")
 
 
+def check_place(out: Path, own: Collection[str]) -> None:
+    """As `check_replaceable`, and that files can be written there: for what takes long before its first one."""
+    check_replaceable(out, own)
+    near = out.absolute().parent
+    while not near.exists() and near != near.parent:
+        near = near.parent
+    try:
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=near).cleanup()
+    except OSError as fault:
+        raise _unwritable(out, near, fault) from None
+
+
+def _unwritable(out: Path, place: Path, fault: OSError) -> OutputError:
+    return OutputError(f"{out}: nothing can be written to {place} ({fault.strerror}); choose another --out")
+
+
 def shard_name(shard: int) -> str:
     """The folder of a shard within the directory of its index."""
     return f"shard-{shard}"
@@ -55,8 +71,11 @@ def replacing(out: Path, own: Collection[str]) -> Iterator[Path]:
     """
     out = out.absolute()
     check_replaceable(out, own)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as fault:
+        raise _unwritable(out, out.parent, fault) from None
     try:
         fresh = work / "new"
         fresh.mkdir()

@@ -21,7 +21,7 @@ FLAT_BELOW: Final = 20_000
 _TRAINED_PER_LIST: Final = 39  # the fewest points a centroid that faiss trains without a warning
 _CODES: Final = 256  # centroids of each part of a product quantizer
 _ROWS_AT_ONCE: Final = 65_536
-_SERVED = re.compile(r"Flat|IVF[1-9]\d{0,6},(Flat|SQ8|PQ(?P<parts>[1-9]\d{0,3}))|HNSW[1-9]\d{0,2}(,Flat)?")
+_SERVED = re.compile(r"Flat|IVF(?P<lists>[1-9]\d{0,6}),(Flat|SQ8|PQ(?P<parts>[1-9]\d{0,3}))|HNSW[1-9]\d{0,2}(,Flat)?")
 _STRINGS = "Flat, IVF<lists>,Flat, IVF<lists>,SQ8, IVF<lists>,PQ<bytes> or HNSW<links>"
 
 Layout = Literal["rows", "list"]
@@ -47,10 +47,22 @@ def default_factory(ntotal: int) -> str:
     return "Flat" if ntotal < FLAT_BELOW else f"IVF{round(math.sqrt(ntotal))},Flat"
 
 
-def check_factory(string: str) -> None:
-    """Raises OutputError for an index string that is not served."""
-    if _SERVED.fullmatch(string) is None:
+def check_factory(string: str, *, width: int = 0, total: int = 0, shards: int = 1, by: Layout = "rows") -> None:
+    """Raises OutputError for an index string that is not served, or not of `total` vectors of `width` (0: unknown)."""
+    found = _SERVED.fullmatch(string)
+    if found is None:
         raise OutputError(f"{string!r}: no such index is served; give {_STRINGS}")
+    lists, parts = int(found["lists"] or 0), int(found["parts"] or 0)
+    if by == "list" and not lists:
+        raise OutputError(f"{string!r}: has no lists to spread by; give --by rows, or a string with IVF")
+    if by == "list" and shards > lists:
+        raise OutputError(f"{string!r}: {lists} lists for {shards} shards; give fewer shards or more lists")
+    if parts and width % parts:
+        raise OutputError(f"{string!r}: {width} dimensions are no multiple of {parts}; give a divisor of {width}")
+    if parts and 0 < total < _CODES:
+        raise OutputError(f"{string!r}: needs {_CODES} vectors to train its codes, {total} came; give IVF<lists>,Flat")
+    if 0 < total < lists:
+        raise OutputError(f"{string!r}: {lists} lists for {total} vectors; give at most {total}")
 
 
 def filled(
@@ -69,16 +81,14 @@ def filled(
     By rows, shard i of n holds rows i, i + n, ...; by list, whole lists, about as many vectors in each shard.
     Raises OutputError.
     """
+    check_factory(string, width=vectors.shape[1], total=len(vectors), shards=shards, by=by)
     # OpenMP's thread count belongs to the calling thread, so it is set here.
     faiss.omp_set_num_threads(threads)
     empty = _trained(vectors, string, metric, seed, progress)
     if by == "rows":
         rows, owners, lists = [np.arange(shard, len(vectors), shards) for shard in range(shards)], None, None
     else:
-        if not isinstance(empty, faiss.IndexIVF):
-            raise OutputError(f"{string!r}: has no lists to spread by; give --by rows, or a string with IVF")
-        if shards > empty.nlist:
-            raise OutputError(f"{string!r}: {empty.nlist} lists for {shards} shards; give fewer shards or more lists")
+        assert isinstance(empty, faiss.IndexIVF)
         lists = _lists(empty, vectors, metric, progress)
         owners = _owners(np.bincount(lists, minlength=empty.nlist), shards)
         rows = [np.flatnonzero(owners[lists] == shard) for shard in range(shards)]
@@ -96,21 +106,13 @@ def filled(
 
 def _trained(vectors: NDArray[np.float32], string: str, metric: Metric, seed: int, progress: Progress) -> faiss.Index:
     total, width = vectors.shape
-    check_factory(string)
-    parts = (_SERVED.fullmatch(string) or {"parts": None})["parts"]
-    if parts and width % int(parts):
-        raise OutputError(f"{string!r}: {width} dimensions are no multiple of {parts}; give a divisor of {width}")
-    if parts and total < _CODES:
-        raise OutputError(f"{string!r}: needs {_CODES} vectors to train its codes, {total} came; give IVF<lists>,Flat")
     index = faiss.index_factory(width, string, METRICS[metric])
     if isinstance(index, faiss.IndexIVF):
-        if index.nlist > total:
-            raise OutputError(f"{string!r}: {index.nlist} lists for {total} vectors; give at most {total}")
         index.cp.seed = seed
         if isinstance(index, faiss.IndexIVFPQ):
             codes: Any = index
             codes.do_polysemous_training = False  # 6 s for an order of codes that no search here makes use of
-        rows = min(total, _TRAINED_PER_LIST * max(index.nlist, _CODES if parts else 1))
+        rows = min(total, _TRAINED_PER_LIST * max(index.nlist, _CODES if "PQ" in string else 1))
         sample = np.random.default_rng(seed).choice(total, rows, replace=False)
         progress("train", 0, 1)
         index.train(_compared(vectors, np.sort(sample), metric))

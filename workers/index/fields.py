@@ -52,11 +52,11 @@ def write_fields(path: Path, ids: Iterable[int], texts: Iterable[str]) -> None:
         database.commit()
 
 
-def check_names(database: sqlite3.Connection, condition: Filter) -> None:
-    """Raises BadFilter for a field that no entry has."""
+def check_names(database: sqlite3.Connection, condition: Filter, table: str = "fields") -> None:
+    """Raises BadFilter for a field that no entry has; `table` is one of ours with a column `fields`."""
     for path in condition.names:
         if not database.execute(
-            "SELECT 1 FROM fields WHERE json_type(fields, ?) IS NOT NULL LIMIT 1", (path,)
+            f"SELECT 1 FROM {table} WHERE json_type(fields, ?) IS NOT NULL LIMIT 1", (path,)
         ).fetchone():
             name = path.removeprefix("$.").replace('"', "")
             raise BadFilter(f"no entry has the field {name}; filter by one of the fields it was built with")

@@ -183,7 +183,8 @@ def load_manifest(directory: Path) -> Manifest:
     except FileNotFoundError:
         if (directory / "shard-0").is_dir():
             count = len(list(directory.glob("shard-*")))
-            raise ManifestError(f"{directory}: holds {count} shards; give -o shard=0/{count} and so on") from None
+            all_of_them = f"or start a server for each with `ralmq up --index {directory}`"
+            raise ManifestError(f"{directory}: holds {count} shards; give -o shard=0/{count}, {all_of_them}") from None
         raise ManifestError(f"{path}: the file is missing, so this is no index directory; {_AGAIN}") from None
     except OSError as fault:
         raise ManifestError(f"{path}: cannot be read ({fault.strerror}); mend its permissions or {_AGAIN}") from fault

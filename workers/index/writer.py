@@ -13,8 +13,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from .directory import OutputError, replacing, shard_name
-from .factory import Filled, Layout, Rows, default_factory, filled
+from .directory import OutputError, check_place, replacing, shard_name
+from .factory import Filled, Layout, Rows, check_factory, default_factory, filled
 from .fields import write_fields
 from .manifest import (
     DOCUMENTS,
@@ -95,7 +95,6 @@ def write_index(
     token ids alone. `how`: the fields of Build. Raises OutputError for an `out`, a name, an array or a factory string
     that cannot be; OSError.
     """
-    check_name(name)
     _check_vectors(vectors)
     _check_entries(vectors, entries, stream)
 
@@ -127,7 +126,6 @@ def write_vectors(
     `fields`: the JSON of each entry's payload fields (see dump_fields). `encoder`: the service embed:<encoder> that
     makes vectors for it from text. `how`: the fields of Build. Returns and raises as write_index does.
     """
-    check_name(name)
     if encoder and not valid_name(encoder):
         raise OutputError(f"{encoder!r}: an encoder's name is 1 to 64 letters, digits, '.', '_' or '-'")
     _check_vectors(vectors)
@@ -142,6 +140,22 @@ def write_vectors(
     return _write(out, vectors, about, content, Build(**how))
 
 
+def check_build(out: Path, name: str, how: Build, *, total: int = 0, width: int = 0) -> None:
+    """Raises OutputError for what cannot be built, of `total` vectors of `width` dimensions where these are known.
+
+    For those who work long for their vectors: before that.
+    """
+    check_name(name)
+    check_place(out, OWN_FILES)
+    most = min(MAX_SHARDS, total or MAX_SHARDS)
+    if not 1 <= how.shards <= most:
+        raise OutputError(f"{how.shards} shards{f' for {total} vectors' if total else ''}; give 1 to {most}")
+    if how.factory is not None or total:
+        by: Layout = how.by if how.shards > 1 else "rows"
+        string = how.factory or default_factory(total)
+        check_factory(string, width=width, total=total, shards=how.shards, by=by)
+
+
 def check_name(name: str) -> None:
     """Raises OutputError for a name that no index can have."""
     if not valid_name(name):
@@ -151,9 +165,8 @@ def check_name(name: str) -> None:
 def _write(
     out: Path, vectors: NDArray[np.float32], about: _About, content: Callable[[Path, Rows], None], how: Build
 ) -> Manifest:
+    check_build(out, about.name, how, total=len(vectors), width=vectors.shape[1])
     string = how.factory or default_factory(len(vectors))
-    if not 1 <= how.shards <= min(MAX_SHARDS, len(vectors)):
-        raise OutputError(f"{how.shards} shards for {len(vectors)} vectors; give 1 to {min(MAX_SHARDS, len(vectors))}")
     if how.by == "list" and how.shards == 1:
         how = replace(how, by="rows")
     with replacing(out, OWN_FILES) as directory:

@@ -25,6 +25,7 @@ from ..engine.headers import Headers
 from ..host import Host
 from ..speed import measured
 from ..weigh import weighed
+from .ranks import check_device
 from .weights import Place
 
 log = logging.getLogger("ralmq.stage")
@@ -112,6 +113,7 @@ class Placing:
         Raises:
             Refused: the checkpoint is broken or a part of one, or the device is not there.
         """
+        check_device(offer.device)
         try:
             sizes = weighed(place.path, place.name, offer.dtype)
             fingerprint = Headers(place.path).fingerprint()

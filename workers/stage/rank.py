@@ -63,7 +63,10 @@ def _watch(told: threading.Event, folder: Path) -> None:
 
 
 def _say(said: TextIO, what: dict[str, Any]) -> None:
-    print(json.dumps(what), file=said, flush=True)
+    try:
+        print(json.dumps(what), file=said, flush=True)
+    except BrokenPipeError:  # its stage has failed before, and says why itself
+        os._exit(FAILED)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,28 @@ def device_of(device: str, rank: int) -> str:
     return device if kind == "cpu" else f"{kind}:{int(number or 0) + rank}"
 
 
+def check_device(device: str, size: int = 1) -> None:
+    """Refuses a device that is not there, or too few for `size` ranks, before anything is loaded."""
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError):  # torch's own word is long, and of its backends
+            raise Refused(f"device={device} is none that torch can use here: give cpu, cuda or cuda:1") from None
+        return
+    if number and not number.isdecimal():
+        raise Refused(f"device={device} is no device: give cpu, cuda or cuda:1")
+    if not torch.cuda.is_available():
+        why = "torch sees no CUDA device here" if torch.version.cuda else "the torch installed here has no CUDA"
+        raise Refused(f"device={device} cannot be used: {why}; give device=cpu, or mend that")
+    there, need = torch.cuda.device_count(), int(number or 0) + size
+    if need > there:
+        span = f"{kind}:{int(number or 0)} to {kind}:{need - 1}" if size > 1 else device
+        raise Refused(
+            f"device={device} cannot be used: {span} of {there} CUDA devices; give one of those, or device=cpu"
+        )
+
+
 def store_at(file: str, size: int) -> Any:
     """Where ranks meet: a file in a folder that nobody else may open, so that nothing waits for connections."""
     apart: Any = dist  # its stubs do not export stores

@@ -18,7 +18,7 @@ from ..engine.shard import share_of
 from ..engine.span import DTYPES, Span
 from ..engine.t5_span import T5Span
 from ..models import resolve
-from .ranks import Ranks, device_of
+from .ranks import Ranks, check_device, device_of
 
 log = logging.getLogger("ralmq.stage")
 
@@ -109,6 +109,7 @@ def load(
     config = place.config
     if dtype not in DTYPES:
         raise Refused(f"dtype {dtype} is unknown: give one of {', '.join(DTYPES)}")
+    check_device(device, tp)
     try:
         own = share_of(config, 0, tp)
         fingerprint = Checkpoint(place.path).fingerprint()

@@ -36,7 +36,8 @@ def answer_text(
     - {"text": [queries], "k": 10, "filter", "payloads": false, "version"}: ids int64 [m, k] and BM25 scores float32
       [m, k], higher is nearer; with `payloads` for each query a map for each hit, {"document", "start", "text", ...},
       {} for id -1.
-      What indexes of vectors are asked besides (nprobe, ef, exact) is checked and changes nothing.
+      What indexes of vectors are asked besides (nprobe, ef, exact) is checked and changes nothing: every passage with
+      one of the words is ranked, always.
     - {"add": true, "fields": [{"text": ..., ...}, ...], "upsert": false}, with ids int64 [n] or without: the ids.
     - {"delete": true} with ids int64 [n]: {"deleted": how many were there}.
     - {"snapshot": true}: {"version": name of the directory within `snapshots`, "directory": where its server finds it}.

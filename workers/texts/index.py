@@ -19,6 +19,7 @@ import numpy as np
 
 from ...schema.errors import RequestCancelled, WorkerFailed
 from ..index.directory import replacing
+from ..index.fields import check_names
 from ..index.query import BadQuery, Found, Params
 from .files import (
     BUILT,
@@ -84,7 +85,7 @@ class TextIndex:
         the passages, and the version. Words are joined by or; a passage with none of them is not found.
 
         Where fewer than k are found the id is -1, the score -inf, the row None. Raises RequestCancelled where it is
-        given up.
+        given up, BadFilter for a field that no passage has.
         """
         shape = (len(texts), params.k)
         ids, scores = np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
@@ -94,6 +95,8 @@ class TextIndex:
             f"SELECT rowid, -bm25(passages) FROM passages WHERE passages MATCH ? {condition} ORDER BY 2 DESC, 1 LIMIT ?"
         )
         with self._reading() as database:
+            if params.filter:
+                check_names(database, params.filter, "passages")
             for place, text in enumerate(texts):
                 if given_up():
                     raise RequestCancelled("nobody waits for the answer any more")
