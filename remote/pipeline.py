@@ -71,8 +71,13 @@ class Pipeline:
             micro_batches: parts that the rows are cut into.
 
         Raises:
-            Refused: fewer rows than micro-batches, or inputs that require grad.
+            Refused: fewer rows than micro-batches, inputs that require grad, or a weight of two stages that trains.
         """
+        twice = next((stage for stage in self._stages if stage.flags.get(stage.tied)), None)
+        if twice is not None and len(self._stages) > 1:
+            raise Refused(
+                f"{twice.tied} is a weight of two stages, which would train apart: freeze it, or train by calls"
+            )
         rows = len(inputs)
         if inputs.requires_grad:
             raise Refused("a pipeline gives its inputs no gradients: detach() them, or make their origin a stage")

@@ -55,10 +55,12 @@ class RemoteModule:
 
     Attributes:
         handle: its place on its worker; it is freed with this object.
+        tied: a parameter that is a weight of another module as well (an embedding that is the head); "" for none.
     """
 
     def __init__(self, handle: Handle, made: dict[str, Any]) -> None:
         self.handle = handle
+        self.tied = str(made.get("tied", ""))
         self._class = str(made.get("class"))
         self._flags: dict[str, bool] = {name: bool(flag) for name, flag in made.get("parameters", [])}
 

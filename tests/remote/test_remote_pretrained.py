@@ -301,6 +301,16 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(folder: Path) -> No
         torch.testing.assert_close(found[name], grad, atol=1e-5, rtol=0)
 
 
+def test_a_weight_of_two_stages_is_trained_by_no_pipeline(folder: Path) -> None:
+    """Each stage would train its own copy of it."""
+    model, ids = ralmq.from_pretrained(folder / "gpt2", WORKERS), ids_of(8)
+    pipeline = Pipeline(model.proxies, lambda logits, ids: logits.flatten(0, 1).mean())
+    with pytest.raises(Refused, match="weight of two stages"):
+        pipeline.step(ids, ids)
+    model.proxies[0].freeze([model.proxies[0].tied])
+    assert pipeline.step(ids, ids).loss != 0
+
+
 def test_a_cache_goes_on_by_hand(folder: Path) -> None:
     """What `use_cache` gave is what the next call takes, in any number of tokens."""
     model, ids = ralmq.from_pretrained(folder / "gpt2", WORKERS), ids_of(2, 12)
