@@ -67,7 +67,10 @@ def worker(
     from ..workers.registry import find
 
     found = find(kind)
-    for pair in option or ():
+    given = [pair.partition("=")[0] for pair in option or ()]
+    for place, pair in enumerate(option or ()):
+        if given[place] in given[:place]:
+            raise Refused(f"-o {given[place]} is given twice: give it once; several values have commas between them")
         if not pair.partition("=")[0].isidentifier() or "=" not in pair:
             raise Refused(
                 f"-o {pair} is no key=value: write one of the options that `ralmq worker {kind} --help` lists"

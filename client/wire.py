@@ -78,7 +78,8 @@ class Wire:
             is certain: handshakes that only break off may be those of a broker behind a proxy that is not up yet.
         nameless: called with the reason when the host name has no address, and with "" when it has one again.
         met: called each time that a connection is made: before the first nothing can be on its way.
-        once: one connection, and no other after it, so that nothing can arrive behind a gap.
+        once: one connection, and no other after it, so that nothing can arrive behind a gap; where it cannot be made,
+            `cut` is called, too.
 
     Raises:
         Refused: the url is no address.
@@ -101,6 +102,7 @@ class Wire:
         self._cut = cut
         self._refused = refused
         self._met = met
+        self._once = once
         self._failures = 0
         self._why = _REASONS if key is not None else _NO_KEY
         self._waiting: deque[list[Any]] = deque()
@@ -119,7 +121,8 @@ class Wire:
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret.encode())
         self._recv, self._send, self._events = plain(self._socket)
-        self._monitor = self._socket.get_monitor_socket(WATCHED)  # before the first connection, which may fail at once
+        watched = WATCHED | (zmq.EVENT_CLOSED if once else 0)  # nobody listens there
+        self._monitor = self._socket.get_monitor_socket(watched)  # before the first connection, which may fail at once
         self._names = Names(url, self._moved, nameless)
         self._address = ""  # what libzmq is told
         if not self._names.needed:
@@ -133,7 +136,9 @@ class Wire:
         self._names.start()
         self._loop.add_reader(self._socket.fileno(), self._pump)
         self._loop.add_reader(self._monitor.fileno(), self._disconnected)
-        self._disconnected()  # takes the edge of the monitor's own connection, or the first real one would not show
+        # takes the edge of the monitor's own connection, or the first real one would not show; later, since who makes
+        # this one does not have it yet
+        self._loop.call_soon(self._disconnected)
         self._pump_soon()
 
     @property
@@ -202,6 +207,8 @@ class Wire:
         try:
             for number in range(BATCH):
                 if number < LOOKS and not self._events() & READABLE:
+                    if not self._waiting:
+                        return  # this was the last look: nothing has touched the socket since
                     more = False
                     break
                 frames = received(receive)
@@ -227,6 +234,8 @@ class Wire:
 
     def _disconnected(self) -> None:
         cut, failure = False, 0
+        if self._socket.closed:
+            return
         try:
             while True:
                 event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
@@ -236,14 +245,14 @@ class Wire:
                     self._met()
                     continue
                 self._names.start()
-                cut = cut or event["event"] == zmq.EVENT_DISCONNECTED
+                cut = cut or event["event"] in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED)
                 if event["event"] in self._why and event["value"] in _MEANT.get(
                     int(event["event"]), (int(event["value"]),)
                 ):
                     failure = event["event"]
         except zmq.Again:
             pass
-        if cut:
+        if cut or (self._once and failure == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
             self._cut()
         if failure:
             self._failures += 1

@@ -30,8 +30,10 @@ def __getattr__(name: str) -> Any:
 
 
 class _Room(ModuleType):
-    def __call__(self, name: str, worker: str, **options: Any) -> Any:
+    def __call__(self, name: str, worker: str, *values: Any, **options: Any) -> Any:
         """A module that the worker builds by its name in the registry; see `proxy.built`."""
+        if values:
+            raise TypeError(f"give the arguments of {name} by name, as in_features=4: {len(values)} came without one")
         return import_module(".proxy", __name__).built(name, worker, **options)
 
 

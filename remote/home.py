@@ -19,7 +19,7 @@ from ..client.client import connect as connected
 from ..schema.address import BROKER_VARIABLE, DEFAULT_BROKER
 from ..schema.errors import ConnectionClosed, DeadlineExceeded, RalmqError, WorkerLost
 from .peer import Peer
-from .straight import Straight
+from .straight import ENDED, Straight
 
 DEADLINE: Final = 300.0  # seconds for any one wait
 OPENING: Final = 30.0  # seconds for a session
@@ -137,7 +137,7 @@ class Home:
     def _gone(self, near: str) -> None:
         for peer in list(self._peers.values()):  # another thread may add one
             if peer.near == near:
-                peer.lose(WorkerLost(f"the worker {peer.name} has ended, and what it held with it"))
+                peer.lose(WorkerLost(f"the worker {peer.name} {ENDED}: copy its modules to it again"))
 
     async def _leave(self) -> None:
         for peer in list(self._peers.values()):
@@ -169,13 +169,13 @@ def connect(url: str, *, wait: float = 5.0, deadline: float = DEADLINE, keys: An
         default: calls that name no broker mean this one from now on.
     """
     with _lock:
-        if default:
-            _default[:] = [url]
         found = _homes.get(url)
         if found is None or found.closed:
             found = _homes[url] = Home(url, wait=wait, deadline=deadline, keys=keys)
         elif default:
             found.deadline = deadline
+        if default:
+            _default[:] = [url]
         return found
 
 

@@ -175,11 +175,21 @@ def remote_copy(module: nn.Module, worker: str, device: str = "", *, broker: str
         Refused: the module cannot travel, with the reason.
         NoService: there is no such worker.
     """
+    if not isinstance(module, nn.Module):
+        raise Refused(f"remote_copy takes a torch module, not a {type(module).__name__}: see to_worker for tensors")
     peer = home(broker).peer(worker)
     shipment = shipped(module)
     for name in sorted(names(shipment.body["tree"])):
+        if name.startswith("__main__:"):
+            own = name.partition(":")[2]
+            raise Refused(
+                f"{own} is a class of this program alone: put it into a module that the worker can import, as "
+                f"my_blocks.py, and start the worker with -o allow=my_blocks:{own}"
+            )
         if ":" in name and name not in peer.allowed:
-            raise Refused(f"{worker} builds no {name}: start it with -o allow={name}")
+            raise Refused(
+                f"{worker} builds no {name}: start it with -o allow={','.join([*sorted(peer.allowed), name])}"
+            )
     staging = uploaded(peer, shipment.tensors)
     handle = peer.handle()
     fields = {**shipment.body, "staging": staging.number, "device": device, "out": handle.number}
@@ -196,6 +206,8 @@ def built(name: str, worker: str, device: str = "", *, broker: str | None = None
     Raises:
         Refused: the worker has no such module, or cannot build it with these arguments.
     """
+    if not isinstance(name, str):
+        raise Refused(f"a module is named by a text, as 'nn.Linear', not by a {type(name).__name__}; see remote_copy")
     peer = home(broker).peer(worker)
     handle = peer.handle()
     fields = {"name": name, "device": device, "out": handle.number, "a": pack([(), options], [])}

@@ -31,6 +31,8 @@ class DataParallel(Several):
     """
 
     def __init__(self, proxies: Sequence[RemoteModule]) -> None:
+        if isinstance(proxies, RemoteModule):
+            raise Refused("replicas are a list of modules, each on a worker of its own: copy the module to each")
         self.proxies = list(proxies)
         self.alike = True
         peers = [proxy.peer for proxy in self.proxies]

@@ -24,7 +24,9 @@ from ..workers.direct.lane import Lane
 log = logging.getLogger("ralmq.remote")
 DOORS: Final = "ipc://@ralmq-"  # how the address of a door begins: a peer cannot have this process connect elsewhere
 SERVICE: Final = "straight"
+ENDED: Final = "has ended, or was stopped or cut off for more than 2 s"  # see HEARTBEAT_TIMEOUT_MS
 ASKED, ANSWERED, FAILED = range(3)
+MEET: Final = 5.0  # seconds in which a door answers, unless its process is stopped
 MOST_ITEMS: Final = 32  # of one message
 MOST_TENSORS: Final = 48
 MOST_BYTES: Final = 128 << 10  # of tensors, where there is more than one item
@@ -64,6 +66,7 @@ class Straight:
         self._lost = lost
         self._door = Door(self._arrived)
         self._lanes: dict[str, Lane] = {}
+        self._unmet: dict[str, asyncio.TimerHandle] = {}  # lanes whose doors have not answered yet
         self._waiting: dict[str, list[Item]] = {}  # what leaves at the end of this turn
         self._asked: dict[int, tuple[str, Done]] = {}
         self._holding = False
@@ -97,6 +100,7 @@ class Straight:
         """Ends what that door was asked, and the lane to it."""
         lane = self._lanes.pop(near, None)
         self._waiting.pop(near, None)
+        self._met(near)
         if lane is not None:
             self._loop.call_soon(lane.close)  # it may be the one that is calling
         for number, (where, done) in list(self._asked.items()):
@@ -107,6 +111,7 @@ class Straight:
     def close(self) -> None:
         for near in list(self._lanes):
             self._lanes.pop(near).close()
+            self._met(near)
         self._waiting.clear()
         self._asked.clear()
         self._door.close()
@@ -117,13 +122,20 @@ class Straight:
         if near not in self._lanes:
             if not near.startswith(DOORS):
                 raise Refused("that is no door of a process of this host")
-            self._lanes[near] = Lane(Direct(here(), "", near, ""), lambda reason: self._cut(near))
+            lane = Lane(Direct(here(), "", near, ""), lambda reason: self._cut(near, lane), lambda: self._met(near))
+            self._lanes[near] = lane
+            self._unmet[near] = self._loop.call_later(MEET, self._cut, near, lane)
         return self._lanes[near]
 
-    def _cut(self, near: str) -> None:
-        if near in self._lanes:
-            self.forget(near, WorkerLost("the other process has ended, and what it held with it"))
+    def _met(self, near: str) -> None:
+        timer = self._unmet.pop(near, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _cut(self, near: str, lane: Lane) -> None:
+        if self._lanes.get(near) is lane:
             self._lost(near)
+            self.forget(near, WorkerLost(f"the other process {ENDED}, and what it held is lost"))
 
     def _put(self, near: str, item: Item) -> None:
         if near not in self._waiting:

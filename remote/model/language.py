@@ -163,6 +163,10 @@ class RemoteLanguageModel(Several):
         found = self.config.get("eos_token_id")
         return () if found is None else tuple(found) if isinstance(found, list) else (int(found),)
 
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{place.first}:{place.last} on {place.worker}" for place in self.places)
+        return f"RemoteLanguageModel({self.config.get('model_type')}, layers {parts})"
+
     # -- training
 
     def parameters(self) -> list[RemoteTensor]:

@@ -34,6 +34,8 @@ def slots_of(workers: Workers) -> list[Slot]:
         Refused: no worker, or a size that is none.
     """
     found = []
+    if not isinstance(workers, Mapping):
+        raise Refused('give each worker its memory: workers={"w1": "8GiB"}')
     for name, memory in workers.items():
         devices = memory if isinstance(memory, Mapping) else {OWN: memory}
         found += [Slot(name, _bytes(name, size), device=device) for device, size in devices.items()]

@@ -32,7 +32,7 @@ def from_pretrained(
     *,
     balanced: bool = True,
     no_split: Sequence[tuple[int, int]] = (),
-    dtype: str = "fp32",
+    dtype: str | torch.dtype = "fp32",
     kv_tokens: int = KV_TOKENS,
     broker: str | None = None,
 ) -> RemoteLanguageModel:
@@ -56,6 +56,7 @@ def from_pretrained(
         NoService: there is no such worker.
     """
     slots = slots_of(workers)
+    dtype = next((name for name, kind in KNOWN.items() if kind is dtype), str(dtype))
     files = _Files(str(directory), dtype)
     peers = {slot.name: home(broker).peer(slot.name) for slot in slots}
     asked = {name: peer.ask("own", {"name": files.name, "dtype": dtype}) for name, peer in peers.items()}

@@ -52,6 +52,10 @@ CASES = {
     "an unknown worker option": (["worker", "echo", "-o", "speed=1"], "no option speed: there are delay_ms"),
     "a worker option of another type": (["worker", "echo", "-o", "delay_ms=soon"], "-o delay_ms=soon"),
     "no key=value": (["worker", "echo", "-o", "delay_ms"], "no key=value"),
+    "an option given twice": (
+        ["worker", "module", "-o", "name=a", "-o", "allow=a:A", "-o", "allow=b:B"],
+        "-o allow is given twice: give it once; several values have commas between them",
+    ),
     "no address of a broker": (["worker", "echo", "--broker", "nowhere"], "no broker address"),
     "no address, before a model is loaded": (
         ["worker", "stage", "-o", "model=demo", "-o", "stage=0/1", "--broker", "127.0.0.1:5555"],

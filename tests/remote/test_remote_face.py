@@ -154,3 +154,31 @@ def test_python_operators_of_plain_values_are_few(served: Served) -> None:
     assert (size + 1).to_here() == 6 and "operator.pow" in OPERATORS
     with pytest.raises(TypeError, match="plain values"):
         (size**9).to_here()
+
+
+class Own(nn.Module):
+    """A class that a worker cannot import."""
+
+
+def test_what_is_given_wrongly_is_said(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = ralmq.remote_copy(nn.Linear(2, 2), "one")
+    layer: Any = nn.Linear
+    tensor: Any = torch.zeros(2)
+    workers: Any = ["one"]
+    monkeypatch.setattr(Own, "__module__", "__main__")
+    for call, said in (
+        (lambda: ralmq.remote_copy(Own(), "one"), "Own is a class of this program alone"),
+        (lambda: ralmq.remote_copy(tensor, "one"), "takes a torch module, not a Tensor"),
+        (lambda: ralmq.remote(layer, "one"), "as 'nn.Linear'"),
+        (lambda: ralmq.remote("nn.Linear", "one", 2, 2), "by name, as in_features=4"),
+        (lambda: ralmq.from_pretrained("demo", workers), "give each worker its memory"),
+        (lambda: ralmq.DataParallel(one), "a list of modules"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises((Refused, TypeError), match=said):
+            call()
+
+
+def test_a_broker_that_is_not_there_is_not_the_default(served: Served) -> None:
+    with pytest.raises(RalmqError):
+        ralmq.remote.connect("tcp://127.0.0.1:9", wait=0.2)
+    assert ralmq.remote_copy(nn.Linear(2, 2), "one").worker == "one"

@@ -104,11 +104,11 @@ class Door:
         if self._closed:
             return
         self._again.discard(socket)
-        more = True
+        more, looked = True, False
         try:
             for number in range(BATCH):
                 if number < LOOKS and not events() & READABLE:
-                    more = False
+                    more, looked = False, True  # nothing touches the socket after this look
                     break
                 sender = receive(LAST)
                 self._arrived(socket, sender, received(receive))
@@ -117,7 +117,7 @@ class Door:
         except zmq.Again:
             more = False
         finally:  # also where one message cannot be served: those behind it have no edge
-            if not self._closed and (more or events() & READABLE):
+            if not self._closed and (more or (not looked and events() & READABLE)):
                 self._soon(socket)
 
     def _arrived(self, socket: "zmq.Socket[bytes]", sender: bytes, frames: list[Any]) -> None:
