@@ -4,6 +4,8 @@ import asyncio
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -20,6 +22,7 @@ from ralmq.workers.direct.address import here, is_local, known, towards
 from ralmq.workers.direct.door import Door
 from ralmq.workers.direct.lane import Lane
 from ralmq.workers.direct.memory import LEAST, SLOTS, Slots
+from ralmq.workers.direct.near import CHUNK, SCHEME, Stream, connected
 from relay import Relay
 from serving import until
 
@@ -96,16 +99,61 @@ async def test_without_the_key_nothing_comes_through() -> None:
 
 async def test_noise_at_the_door_harms_nobody() -> None:
     async with opened() as here:
-        with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
-            stranger.setsockopt(zmq.LINGER, 0)
-            stranger.connect(here.door.direct.near)
-            stranger.send_multipart([b"\xff", b"x"])
-            stranger.send_multipart([b""])
-            stranger.send_multipart([b"\xff" * 40] * 70)
-            await until(lambda: here.door.refused == 3)
-            assert not here.came, "behind a message that cannot be read there is a gap"
-            here.lane().send([b"sound"])
-            await until(lambda: here.came[-1:] == [[b"sound"]])
+        name = here.door.direct.near.removeprefix(SCHEME)
+        ended: list[int] = []
+        stranger = Stream(connected(name), lambda frames: None, lambda: ended.append(1))
+        stranger.send([b"\xff", b"x"])
+        stranger.send([b""])
+        await until(lambda: here.door.refused == 2)
+        assert not here.came and not ended, "behind a message that cannot be read there is a gap"
+        stranger.close()
+        for noise in (b"\0\0\0\0", b"\xff\xff\xff\xff", struct.pack("<2I", 1, 1 << 31), struct.pack("<I", 65)):
+            with connected(name) as raw:
+                raw.send(noise)
+                raw.settimeout(10)
+                assert (await asyncio.to_thread(raw.recv, 100)).endswith(b"here")
+                assert await asyncio.to_thread(raw.recv, 100) == b"", "the door hangs up"
+        here.lane().send([b"sound"])
+        await until(lambda: here.came[-1:] == [[b"sound"]])
+
+
+@pytest.mark.parametrize("size", [1, 100, CHUNK - 8, CHUNK, CHUNK + 1, 3 * CHUNK])
+async def test_messages_are_cut_anywhere(size: int) -> None:
+    """They come byte by byte, or many at once; a reader that is slow, and what it leaves, changes nothing."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    came: list[list[bytes]] = []
+    stream = Stream(theirs, lambda frames: came.append([bytes(frame) for frame in frames]), lambda: None)
+    sent = [[bytes([number]) * size, b"", bytes([number])] for number in range(5)]
+    raw = b"".join(struct.pack("<4I", 3, *map(len, frames)) + b"".join(frames) for frames in sent)
+    step = 1 if size <= 100 else size // 3 + 1
+    try:
+        for begin in range(0, len(raw), step):
+            await asyncio.get_running_loop().sock_sendall(ours, raw[begin : begin + step])
+            await asyncio.sleep(0)
+        await until(lambda: len(came) == 5)
+        assert came == sent
+    finally:
+        stream.close()
+        ours.close()
+
+
+async def test_what_the_socket_does_not_take_at_once_leaves_later() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    stream = Stream(ours, lambda frames: None, lambda: None)
+    came: list[list[bytes]] = []
+    sent = [[b"%d" % number, bytes(300_000)] for number in range(20)]
+    for frames in sent:
+        stream.send(frames)
+    assert stream._out, "more than the socket holds"
+    other = Stream(theirs, lambda frames: came.append([bytes(frame) for frame in frames]), lambda: None)
+    try:
+        await until(lambda: len(came) == 20)
+        assert came == sent and not stream._out
+    finally:
+        stream.close()
+        other.close()
 
 
 async def test_memory_is_read_for_this_host_alone() -> None:

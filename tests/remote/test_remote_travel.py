@@ -126,7 +126,7 @@ REFUSED: list[tuple[Any, str]] = [
     (grown, "other tensors than its class"),
     (local_class, "defined within a function"),
     (Plain, "scale, a tensor, .* register_buffer"),
-    (Unlisted, "-o allow=remote_modules:Unlisted"),
+    (Unlisted, ",remote_modules:Unlisted"),
     (lambda: parametrizations.weight_norm(nn.Linear(2, 2)), "parametriz"),
     (lambda: nn.TransformerEncoderLayer(8, 2, activation=lambda x: x), "activation"),
     (lambda: torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), "compiled"),

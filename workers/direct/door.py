@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
-import errno
+import itertools
 import os
+import socket
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import zmq
 
@@ -16,6 +17,9 @@ from ...schema.limits import MAX_MESSAGE
 from ...schema.message import Direct
 from .address import here
 from .memory import MARK, UNREAD, Views
+from .near import SCHEME, Listener, Stream
+
+HERE: Final = b"here"  # the first message on a connection within a host, from the one that was called
 
 
 class Door:
@@ -46,14 +50,18 @@ class Door:
         self._views = Views(self._let_go)
         self._context = context or zmq.Context.instance()
         self._closed = False
+        self._listener: Listener | None = None
+        self._streams: dict[bytes, Stream] = {}  # of this host, by a number of their own
+        self._numbers = itertools.count(1)
         self._sockets: list[zmq.Socket[bytes]] = []
         self._pumps: dict[zmq.Socket[bytes], Callable[[], None]] = {}
         self._again: set[zmq.Socket[bytes]] = set()  # for which a pass is to come
         self._gaps: set[bytes] = set()  # of whom a message could not be read: nothing that follows it counts
         self.refused = 0  # messages that were none
-        near, key, url = f"ipc://@ralmq-{os.urandom(16).hex()}", "", ""
+        name, key, url = f"ralmq-{os.urandom(16).hex()}", "", ""
         try:
-            self._bound(near, [(zmq.IPC_FILTER_UID, os.getuid())])
+            with contextlib.suppress(OSError):  # without such sockets nobody is on this host
+                self._listener = Listener(name, self._connected)
             if far:
                 options: list[tuple[int, Any]] = [(zmq.IPV6, int(far.startswith("[")))]
                 if secure:
@@ -64,7 +72,7 @@ class Door:
         except zmq.ZMQError as error:
             self.close()
             raise Refused(f"cannot take messages at {far} ({error.strerror}): give -o address=IP of its own") from None
-        self.direct = Direct(here(), key, near, url)
+        self.direct = Direct(here(), key, SCHEME + name if self._listener is not None else "", url)
 
     def forget(self) -> None:
         """The memory of other processes is kept no longer than it is used: they send no more."""
@@ -72,9 +80,15 @@ class Door:
 
     def close(self) -> None:
         self._closed = True
-        for socket in self._sockets:
-            self._loop.remove_reader(socket.fileno())
-            socket.close(0)
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+        for bound in self._sockets:
+            self._loop.remove_reader(bound.fileno())
+            bound.close(0)
         self._sockets.clear()
 
     def _bound(self, url: str, options: list[tuple[int, Any]]) -> str:
@@ -111,7 +125,7 @@ class Door:
                     more, looked = False, True  # nothing touches the socket after this look
                     break
                 sender = receive(LAST)
-                self._arrived(socket, sender, received(receive))
+                self._arrived(sender, received(receive), near=False)
                 if self._closed:
                     return
         except zmq.Again:
@@ -120,14 +134,25 @@ class Door:
             if not self._closed and (more or (not looked and events() & READABLE)):
                 self._soon(socket)
 
-    def _arrived(self, socket: "zmq.Socket[bytes]", sender: bytes, frames: list[Any]) -> None:
+    def _connected(self, other: socket.socket) -> None:
+        """Another process of this host has a lane to here, and is told that somebody is."""
+        sender = b"near %d" % next(self._numbers)
+
+        def ended() -> None:
+            self._streams.pop(sender, None)
+            self._gaps.discard(sender)
+
+        stream = Stream(other, lambda frames: self._arrived(sender, frames, near=True), ended)
+        self._streams[sender] = stream
+        stream.send([HERE])
+
+    def _arrived(self, sender: bytes, frames: list[Any], *, near: bool) -> None:
         if sender in self._gaps:
             self.refused += 1
             return
         if len(frames[0]) and frames[0][0] == MARK:
-            near = socket is self._sockets[0]  # else from another host, or who else reaches the port
             try:
-                if not near:
+                if not near:  # from another host, or who else reaches the port
                     raise Malformed("memory of another host")
                 frames = self._views.whole(sender, frames)
             except Malformed:
@@ -143,15 +168,9 @@ class Door:
             self._loop.call_soon_threadsafe(self._answer, sender, message)
 
     def _answer(self, sender: bytes, message: bytes) -> None:
-        if self._closed:
-            return
-        try:
-            self._sockets[0].send_multipart([sender, message], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):  # else gone, and its memory with it
-                raise
-        for socket in self._sockets:  # sending may have taken the edge
-            self._soon(socket)
+        stream = self._streams.get(sender)
+        if stream is not None:  # else gone, and its memory with it
+            stream.send([message])
 
 
 _OPTIONS = (

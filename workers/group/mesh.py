@@ -35,7 +35,7 @@ class Sender(Lane):
     def send(self, frames: list[Any]) -> None:
         """What goes through shared memory is copied there in any case."""
         head, *rest = frames if self._slots is None else self._slots.placed(frames)
-        self._wire.send([head, *map(bytes, rest)])
+        self.put([head, *map(bytes, rest)])
 
 
 class Mesh:
