@@ -24,7 +24,7 @@ from ..workers.direct.lane import Lane
 log = logging.getLogger("ralmq.remote")
 DOORS: Final = "ipc://@ralmq-"  # how the address of a door begins: a peer cannot have this process connect elsewhere
 SERVICE: Final = "straight"
-ENDED: Final = "has ended, or was stopped or cut off for more than 2 s"  # see HEARTBEAT_TIMEOUT_MS
+ENDED: Final = "has ended, or does not answer"
 ASKED, ANSWERED, FAILED = range(3)
 MEET: Final = 5.0  # seconds in which a door answers, unless its process is stopped
 MOST_ITEMS: Final = 32  # of one message
