@@ -156,6 +156,21 @@ async def test_what_the_socket_does_not_take_at_once_leaves_later() -> None:
         other.close()
 
 
+async def test_what_was_sent_before_an_end_is_heard_though_nothing_can_be_sent_there() -> None:
+    ours, theirs = socket.socketpair()
+    came: list[Any] = []
+    stream = Stream(ours, lambda frames: came.append(bytes(frames[0])), lambda: came.append("the end"))
+    try:
+        with theirs:
+            for number in range(3):
+                theirs.send(struct.pack("<2I", 1, 1) + b"%d" % number)
+        stream.send([b"to nobody"])
+        await until(lambda: len(came) == 4)
+        assert came == [b"0", b"1", b"2", "the end"]
+    finally:
+        stream.close()
+
+
 async def test_memory_is_read_for_this_host_alone() -> None:
     """Who reaches the port names no memory of this machine."""
     async with opened(far="127.0.0.1", secure=False) as here:

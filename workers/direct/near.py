@@ -86,6 +86,8 @@ class Stream:
             return self._socket.sendmsg(parts)
         except BlockingIOError:
             return 0
+        except (BrokenPipeError, ConnectionResetError):  # what it sent before it ended is read first; its end is behind
+            return sum(map(len, parts))
         except OSError:
             self._end()
             return None
