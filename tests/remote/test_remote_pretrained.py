@@ -157,14 +157,10 @@ def test_sampling_is_that_of_the_definition(folder: Path) -> None:
     assert model.generate(ids, 12, temperature=0.8, top_k=20, top_p=0.9, seed=12, eos_ids=()).tolist() != found.tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_all_parameters_train_as_in_one_process(folder: Path, family: str, tmp_path: Path) -> None:
-    """Tied embeddings on two workers, too, are one weight with one gradient."""
-    model, whole, ids = ralmq.from_pretrained(folder / family, WORKERS), local(folder, family), ids_of(4)
-    optimizer = ralmq.RemoteOptimizer("adamw", [model], lr=1e-2)
-    reference = torch.optim.AdamW(whole.parameters(), lr=1e-2)
+def trained(model: Any, optimizer: Any, whole: Any, reference: Any, ids: torch.Tensor, *, steps: int) -> list[float]:
+    """The losses of both, which are the same at each step."""
     losses = []
-    for _ in range(5):
+    for _ in range(steps):
         optimizer.zero_grad()
         reference.zero_grad()
         loss, expected = model(ids, labels=ids).loss, loss_of(whole, ids)
@@ -174,6 +170,16 @@ def test_all_parameters_train_as_in_one_process(folder: Path, family: str, tmp_p
         reference.step()
         losses.append(float(loss))
         assert losses[-1] == pytest.approx(float(expected), abs=1e-5)
+    return losses
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_parameters_train_as_in_one_process(folder: Path, family: str, tmp_path: Path) -> None:
+    """Tied embeddings on two workers, too, are one weight with one gradient."""
+    model, whole, ids = ralmq.from_pretrained(folder / family, WORKERS), local(folder, family), ids_of(4)
+    optimizer = ralmq.RemoteOptimizer("adamw", [model], lr=1e-2)
+    reference = torch.optim.AdamW(whole.parameters(), lr=1e-2)
+    losses = trained(model, optimizer, whole, reference, ids, steps=5)
     assert losses[-1] < losses[0] - 0.2
     state, theirs = model.state_dict(), whole.state_dict()
     assert set(theirs) - set(state) <= {"lm_head.weight"}
@@ -203,17 +209,7 @@ def test_adapters_train_as_in_one_process(folder: Path, family: str, tmp_path: P
     assert sum(isinstance(part, Adapted) for part in whole.modules()) == (12 if family == "gpt2" else 8)
     optimizer = ralmq.RemoteOptimizer("adamw", [model], lr=1e-2)
     reference = torch.optim.AdamW([own for own in whole.parameters() if own.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        reference.zero_grad()
-        loss, expected = model(ids, labels=ids).loss, loss_of(whole, ids)
-        loss.backward()
-        expected.backward()
-        optimizer.step()
-        reference.step()
-        losses.append(float(loss))
-        assert losses[-1] == pytest.approx(float(expected), abs=1e-5)
+    losses = trained(model, optimizer, whole, reference, ids, steps=20)
     assert losses[-1] < losses[0]
     with_grad = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_grad == {name for name, own in whole.named_parameters() if own.grad is not None}
