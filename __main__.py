@@ -1,5 +1,19 @@
-"""`python -m ralmq`: the same as the command `ralmq`."""
+"""`python -m ralmq` and the command `ralmq`: they begin here, so that Ctrl-C while they import is no traceback."""
 
-from .cli.main import app
+import sys
 
-app(prog_name="ralmq")
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
+
+
+def main() -> None:
+    """Runs the command that the arguments name."""
+    try:
+        from .cli.main import app
+
+        app(prog_name="ralmq")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

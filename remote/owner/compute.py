@@ -84,8 +84,9 @@ def forward(call: Call) -> Answer:
 
     def placed(*args: Any, **kwargs: Any) -> Any:
         """What came from elsewhere lies on the worker's own device; the module may be on another."""
-        moved = mapped((args, kwargs), lambda tensor: tensor.to(place))
-        return module(*moved[0], **moved[1])
+        if place is not None:
+            args, kwargs = mapped((args, kwargs), lambda tensor: tensor.to(place))
+        return module(*args, **kwargs)
 
     return _run(call, placed)
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import resource
 import signal
 import socket
 import struct
@@ -18,6 +19,7 @@ import pytest
 import zmq
 from ralmq.schema.errors import Refused
 from ralmq.schema.message import Direct
+from ralmq.workers.direct import near
 from ralmq.workers.direct.address import here, is_local, known, towards
 from ralmq.workers.direct.door import Door
 from ralmq.workers.direct.lane import Lane
@@ -205,6 +207,27 @@ async def test_a_door_that_closes_is_told() -> None:
         here.door.close()
         await until(lambda: here.cuts)
         assert here.cuts[0] == f"its connection to {lane.url} has ended"
+
+
+async def test_who_comes_while_no_descriptor_is_left_waits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The listener asks again after a pause, not at once and without an end."""
+    monkeypatch.setattr(near, "PAUSE", 0.2)
+    async with opened() as here:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.open(os.devnull, os.O_RDONLY)
+        lane = here.lane()  # its own descriptor is the last one
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            lane.send([b"kept"])
+            await asyncio.sleep(0.1)
+            assert not here.came and len(caplog.records) == 1 and "ulimit -n" in caplog.text
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await until(lambda: here.came)
+        assert here.came == [[b"kept"]] and len(caplog.records) == 1
 
 
 async def test_nobody_can_be_reached_where_no_address_leads() -> None:

@@ -5,7 +5,7 @@ In front of each message: the number of its frames and the bytes of each, unsign
 """
 
 import asyncio
-import contextlib
+import logging
 import os
 import socket
 import struct
@@ -15,10 +15,12 @@ from typing import Any, Final
 
 from ...schema.limits import MAX_FRAMES, MAX_MESSAGE
 
+log = logging.getLogger("ralmq.direct")
 SCHEME: Final = "ipc://@"  # of an address: a name without a file, as ZeroMQ writes it
 CHUNK: Final = 1 << 17  # bytes that are read at a time; a larger message is read into memory of its own
 LARGEST: Final = MAX_MESSAGE + (1 << 20)
 BACKLOG: Final = 128
+PAUSE: Final = 1.0  # seconds, where no connection can be taken
 _COUNT: Final = struct.Struct("<I")
 _USER: Final = struct.Struct("iII")  # process, user, group of the other side
 _HEADS: Final = [struct.Struct(f"<{1 + count}I") for count in range(MAX_FRAMES + 1)]
@@ -200,19 +202,33 @@ class Listener:
         except OSError:
             self._socket.close()
             raise
-        self._loop.add_reader(self._socket.fileno(), self._connected)
+        self._pause: asyncio.TimerHandle | None = None
+        self._listen()
 
     def close(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
 
+    def _listen(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._socket.fileno(), self._connected)
+
     def _connected(self) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):
+        try:
             other, _ = self._socket.accept()
-            if user_of(other) == os.getuid():
-                self._came(other)
-            else:
-                other.close()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:  # no descriptor is left: it stays in line, and asking again at once would never end
+            log.warning("a connection of this host waits for %g s: %s (see `ulimit -n`)", PAUSE, error.strerror)
+            self._loop.remove_reader(self._socket.fileno())
+            self._pause = self._loop.call_later(PAUSE, self._listen)
+            return
+        if user_of(other) == os.getuid():
+            self._came(other)
+        else:
+            other.close()
 
 
 def connected(name: str) -> socket.socket:
