@@ -22,4 +22,6 @@ def main(size: int) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not sys.argv[1].isdecimal() or int(sys.argv[1]) < 1:
+        sys.exit("usage: python all_reduce.py PROCESSES")
     main(int(sys.argv[1]))

@@ -1,6 +1,7 @@
 """Asks the worker of shout.py, and the embedded model: `python ask.py` while `ralmq up` and the worker run."""
 
 import asyncio
+import sys
 
 import numpy
 import ralmq
@@ -14,4 +15,6 @@ async def main() -> None:
             print(token.text, end="", flush=True)
 
 
+if sys.argv[1:]:
+    sys.exit("usage: python ask.py (without arguments; $RALMQ_BROKER names the broker)")
 asyncio.run(main())

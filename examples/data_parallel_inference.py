@@ -28,4 +28,9 @@ def told(done: int, failed: int, rows: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    if len(sys.argv) != 4:
+        sys.exit("usage: python data_parallel_inference.py MODEL PROMPTS.jsonl TEXTS.jsonl")
+    try:
+        asyncio.run(main(*sys.argv[1:]))
+    except ralmq.errors.RalmqError as error:
+        sys.exit(str(error))

@@ -12,9 +12,14 @@ import torch
 from torch import nn
 
 names = sys.argv[1:] or ["one", "two"]
+if len(set(names)) < max(2, len(names)):
+    sys.exit("usage: python data_parallel_training.py [WORKER WORKER ...]")
 torch.manual_seed(0)
 module = nn.Sequential(nn.Embedding(256, 16), nn.Flatten(), nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 256))
-model = ralmq.DataParallel([ralmq.remote_copy(module, worker=name) for name in names])
+try:
+    model = ralmq.DataParallel([ralmq.remote_copy(module, worker=name) for name in names])
+except ralmq.errors.RalmqError as error:
+    sys.exit(str(error))
 optimizer = ralmq.RemoteOptimizer("adamw", [model], lr=3e-3)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
 windows = torch.tensor(list(Path(__file__).read_bytes())).unfold(0, 9, 1)

@@ -10,8 +10,13 @@ import ralmq
 import torch
 
 directory, *names = sys.argv[1:] or ["demo"]
+if len(names) not in (0, 2) or directory.startswith("-"):
+    sys.exit("usage: python hf_over_two_workers.py [DIR [WORKER WORKER]]")
 first, second = names or ("one", "two")
-model = ralmq.from_pretrained(directory, workers={first: "2GiB", second: "2GiB"})
+try:
+    model = ralmq.from_pretrained(directory, workers={first: "2GiB", second: "2GiB"})
+except ralmq.errors.RalmqError as error:
+    sys.exit(str(error))
 for place in model.places:
     print(f"layers {place.first} to {place.last - 1} on {place.worker}: {place.bytes / 1e6:.1f} MB")
 

@@ -13,13 +13,18 @@ from ralmq.remote.pipeline import Pipeline
 from torch import nn
 
 names = sys.argv[1:] or ["one", "two", "three"]
+if len(names) != 3:
+    sys.exit("usage: python pipeline_training.py [WORKER WORKER WORKER]")
 torch.manual_seed(0)
 parts = [
     nn.Sequential(nn.Embedding(256, 16), nn.Flatten(), nn.Linear(128, 128), nn.GELU()),
     nn.Sequential(nn.Linear(128, 128), nn.GELU()),
     nn.Linear(128, 256),
 ]
-stages = [ralmq.remote_copy(part, worker=name) for part, name in zip(parts, names, strict=True)]
+try:
+    stages = [ralmq.remote_copy(part, worker=name) for part, name in zip(parts, names, strict=True)]
+except ralmq.errors.RalmqError as error:
+    sys.exit(str(error))
 optimizer = ralmq.RemoteOptimizer("adamw", stages, lr=3e-3)
 pipeline = Pipeline(stages, torch.nn.functional.cross_entropy, schedule="1f1b")
 text = torch.tensor(list(Path(__file__).read_bytes()))

@@ -9,10 +9,15 @@ import ralmq
 import torch
 from torch import nn
 
+if len(sys.argv) not in (1, 3):
+    sys.exit("usage: python remote_copy.py [WORKER WORKER]")
 first, second = sys.argv[1:] or ("one", "two")
 torch.manual_seed(0)
-one = ralmq.remote_copy(nn.Linear(16, 16), worker=first)
-two = ralmq.remote_copy(nn.Linear(16, 16), worker=second)
+try:
+    one = ralmq.remote_copy(nn.Linear(16, 16), worker=first)
+    two = ralmq.remote_copy(nn.Linear(16, 16), worker=second)
+except ralmq.errors.RalmqError as error:
+    sys.exit(str(error))
 optimizer = ralmq.RemoteOptimizer("sgd", [one, two], lr=0.05)
 x, target = torch.randn(32, 16), torch.randn(32, 16) / 4
 

@@ -18,7 +18,7 @@ from ..client.client import Client
 from ..client.client import connect as connected
 from ..schema.address import BROKER_VARIABLE, DEFAULT_BROKER
 from ..schema.errors import ConnectionClosed, DeadlineExceeded, RalmqError, WorkerLost
-from .peer import Peer
+from .peer import CLOSED, Peer
 from .straight import ENDED, Straight
 
 DEADLINE: Final = 300.0  # seconds for any one wait
@@ -68,7 +68,7 @@ class Home:
         """
         with self._lock:
             if self.closed:
-                raise ConnectionClosed("the connection was closed: call ralmq.remote.connect(url)")
+                raise ConnectionClosed(CLOSED)
             found = self._peers.get(worker)
             if found is None or found.error is not None:
                 found = Peer(self, worker)
@@ -85,7 +85,7 @@ class Home:
                 # a turn later: more may follow at once
                 self.loop.call_soon_threadsafe(self.loop.call_soon, self._drain)
             except RuntimeError:
-                raise ConnectionClosed("the connection was closed: call ralmq.remote.connect(url)") from None
+                raise ConnectionClosed(CLOSED) from None
 
     def run(self, coroutine: Any, within: float) -> Any:
         """A coroutine's result, from another thread.

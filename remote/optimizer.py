@@ -14,8 +14,10 @@ from .chunks import Piece
 from .owner.optimizers import KINDS
 from .peer import Handle, Pending
 from .proxy import RemoteModule, Several, downloaded, uploaded
+from .tensor import RemoteTensor
 from .values import pack
 
+GROUPS: Final = "an optimizer has one group here: make one RemoteOptimizer for each group of modules on workers"
 EPSILON: Final = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 
 
@@ -55,7 +57,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The one group that there is; another is refused: make one more optimizer."""
         if self.param_groups:
-            raise Refused("an optimizer over workers has one group: make one more optimizer for the other modules")
+            raise Refused(GROUPS)
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -122,10 +124,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Raises:
             Refused: it is of other parameters.
         """
+        if len(state_dict["param_groups"]) != 1:
+            raise Refused(f"the state is of {len(state_dict['param_groups'])} groups: {GROUPS}")
         (options,) = state_dict["param_groups"]
         state: dict[str, torch.Tensor] = state_dict["state"]
         prefixes = tuple(module.prefix for module in self._modules)
-        unknown = next((name for name in state if not name.startswith(prefixes)), None)
+        unknown = next((name for name in state if not str(name).startswith(prefixes)), None)
         if unknown is not None:
             raise Refused(f"the state is of other parameters: there is no {unknown}")
         for handle in self._there:
@@ -171,19 +175,32 @@ class _Module:
 
 def _told_apart(proxies: Sequence[RemoteModule | Several]) -> Iterator[_Module]:
     if not isinstance(proxies, Sequence):
-        raise Refused("an optimizer takes a list of modules on workers: put this one into [ ]")
+        raise Refused(_instead(proxies))
+    if not proxies:
+        raise Refused("there is nothing to optimize: give a list of modules on workers, as [module]")
     for place, given in enumerate(proxies):
-        if not isinstance(given, RemoteModule) and not isinstance(getattr(given, "proxies", None), list):
-            raise Refused(
-                f"an optimizer takes whole modules on workers, not a {type(given).__name__}: freeze() parameters, "
-                f"or make one optimizer for each group of modules"
-            )
+        if not isinstance(given, RemoteModule | Several):
+            raise Refused(_instead(given))
         if isinstance(given, RemoteModule):
             yield _Module(given, f"{place}.")
         elif given.alike:
             yield from (_Module(proxy, f"{place}.", number > 0) for number, proxy in enumerate(given.proxies))
         else:
             yield from (_Module(proxy, f"{place}.{number}.") for number, proxy in enumerate(given.proxies))
+
+
+def _instead(given: Any) -> str:
+    """What to give in place of this, which is no list of modules on workers."""
+    kind = type(given).__name__
+    if isinstance(given, RemoteModule | Several):
+        return "an optimizer takes a list of modules on workers: put this one into [ ]"
+    if isinstance(given, dict):
+        return GROUPS
+    if isinstance(given, torch.Tensor | torch.nn.Module):
+        return f"a {kind} of this process is for torch's own optimizers: give modules on workers here, as [module]"
+    if isinstance(given, RemoteTensor):
+        return "an optimizer takes whole modules on workers, not their parameters: give [module], and freeze() some"
+    return f"an optimizer takes a list of modules on workers, not a {kind}: give [module]"
 
 
 def _piece(held: Handle, where: list[Piece]) -> Pending:

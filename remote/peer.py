@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..client.results import Reply
 from ..client.stream import Stream
-from ..schema.errors import DeadlineExceeded, Malformed, NoService, RalmqError, RequestCancelled, WorkerLost
+from ..schema.errors import ConnectionClosed, DeadlineExceeded, Malformed, NoService, RalmqError, WorkerLost
 from ..schema.tensor import Tensor
 from .failures import raised, told
 from .straight import Unsent
@@ -27,6 +27,13 @@ FREE: Final = 0.25  # seconds after which handles are freed where no call goes t
 RETURN: Final = 3.0  # seconds that a worker has to come back to a broker that was lost
 FREED: Final = 16_384  # handles that are freed with one call
 UNDER_WAY: Final = 512  # calls through the broker at a time
+LOOK: Final = 5.0  # seconds in which the broker says who is there
+MOST: Final = 10  # of those that an error names
+SERVICE: Final = "module:"
+CLOSED: Final = (
+    "the connection was closed, and its workers have freed what they had: call ralmq.remote.connect(url), and copy "
+    "modules and tensors to them again"
+)
 Answer = tuple[dict[str, Any], Sequence[Tensor]]
 
 
@@ -106,7 +113,7 @@ class Peer:
     def __init__(self, home: "Home", name: str) -> None:
         self.home = home
         self.name = name
-        self.service = f"module:{name}"
+        self.service = f"{SERVICE}{name}"
         self.session = os.urandom(16)
         self.near = self.host = ""
         self.allowed: set[str] = set()
@@ -165,7 +172,10 @@ class Peer:
 
     async def open(self, within: float) -> None:
         """Opens the session. Raises as `Client.stream`."""
-        stream, first = await self._opened(within, within / 3)
+        try:
+            stream, first = await self._opened(within, within / 3)
+        except NoService:
+            raise await self._absent() from None
         self.near, self.host = str(first.body.get("near", "")), str(first.body.get("host", ""))
         self.allowed = set(first.body.get("allow", []))
         self._direct = bool(self.near) and self.host == self.home.straight.host
@@ -185,13 +195,24 @@ class Peer:
         except StopAsyncIteration:
             raise WorkerLost(f"the worker {self.name} has closed this session: copy its modules again") from None
 
+    async def _absent(self) -> NoService:
+        """How to start the worker that is not there, and which ones are, where the broker says it."""
+        there = "see `ralmq status`"
+        with contextlib.suppress(RalmqError):
+            services = (await self.home.client.status(deadline=LOOK))["services"]
+            own = [name for name, told in services.items() if name.startswith(SERVICE) and told["workers"]]
+            names = [name.removeprefix(SERVICE) for name in own[:MOST]] + ["..."] * (len(own) > MOST)
+            there = f"there are {', '.join(names)}" if names else "there is no module worker yet"
+        command = f"ralmq worker module -o name={self.name} --broker {self.home.url}"
+        return NoService(f"no module worker is called {self.name}: start it with `{command}`; {there}")
+
     async def leave(self) -> None:
         if self._sweep is not None:
             self._sweep.cancel()
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.wait([self._watch])
-        self.lose(RequestCancelled("the connection was closed before the answer"))
+        self.lose(ConnectionClosed(CLOSED))
 
     def lose(self, error: RalmqError) -> None:
         """Nothing of it can be used any more; who waits is told."""

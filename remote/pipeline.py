@@ -48,6 +48,7 @@ class Pipeline:
     Args:
         stages: modules on workers; each takes what the one before returns, a tensor.
         loss: from the last stage's output and the targets of a micro-batch to their mean loss; runs at that worker.
+            A language model's output are the logits of all tokens: the loss shifts them against the ids.
         schedule: 1f1b or gpipe.
 
     Raises:

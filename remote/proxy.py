@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors.torch import save_file
@@ -12,6 +12,7 @@ from torch import nn
 from ..schema.errors import Refused
 from . import chunks
 from .graph import Slot, content_free
+from .hints import CHAINED, OPTIMIZED, hinted
 from .home import home
 from .peer import Handle, Peer, Pending
 from .tensor import RemoteTensor, launch
@@ -19,6 +20,13 @@ from .tree import names, shipped
 from .values import pack
 
 AHEAD = 2  # messages of tensors on their way
+
+
+class Keys(NamedTuple):
+    """Names of a module that a state lacks, and of a state that the module lacks; torch's has the same fields."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 class Several:
@@ -63,6 +71,7 @@ class RemoteModule:
         self.tied = str(made.get("tied", ""))
         self._class = str(made.get("class"))
         self._flags: dict[str, bool] = {name: bool(flag) for name, flag in made.get("parameters", [])}
+        hinted(self, CHAINED)
 
     def __call__(self, *args: Any, **kwargs: Any) -> RemoteTensor:
         """What its forward returns. Arguments: plain values, tensors, remote tensors of any worker."""
@@ -100,7 +109,9 @@ class RemoteModule:
         """One parameter, which stays where it is."""
         flag, handle = self._flags[name], self.peer.handle()
         made = self.ask("parameter", name=name, out=handle.number)
-        return RemoteTensor(handle, made, Slot(handle if flag else None), content_free() if flag else None)
+        found = RemoteTensor(handle, made, Slot(handle if flag else None), content_free() if flag else None)
+        hinted(found, OPTIMIZED)
+        return found
 
     def parameters(self) -> list[RemoteTensor]:
         return [parameter for _, parameter in self.named_parameters()]
@@ -142,15 +153,23 @@ class RemoteModule:
         told = self.ask("state", only=names).result()[0]
         return downloaded(told, lambda where: self.ask("piece", where=where, only=names))
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor], strict: bool = True) -> None:
-        """Takes these values for its own.
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], strict: bool = True) -> Keys:
+        """Takes these values for its own. Without `strict` the names may be others, but not the shapes, as in torch.
 
         Raises:
             RuntimeError: names or shapes are others.
+            TypeError: what is given is no map from names to tensors of this process.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"a state is a map from names to tensors, not a {type(state).__name__}: see state_dict()")
+        odd = next((name for name, value in state.items() if not isinstance(value, torch.Tensor)), None)
+        if odd is not None:
+            what = type(state[odd]).__name__
+            raise TypeError(f"{odd} of the state is a {what}, not a tensor: fetch a remote one with to_here()")
         self.peer.quiet()
         staging = uploaded(self.peer, list(state.values()))
-        self.ask("load", staging=staging.number, names=list(state), strict=strict).result()
+        told = self.ask("load", staging=staging.number, names=list(state), strict=strict).result()[0]
+        return Keys(list(told["missing"]), list(told["unexpected"]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes its state as a safetensors file."""

@@ -8,6 +8,7 @@ import torch
 
 from ..schema.errors import Refused
 from . import graph
+from .hints import CHAINED, hinted
 from .operators import scaled
 from .owner.replicas import bunches, parts_of
 from .peer import Handle, Pending
@@ -35,6 +36,7 @@ class DataParallel(Several):
             raise Refused("replicas are a list of modules, each on a worker of its own: copy the module to each")
         self.proxies = list(proxies)
         self.alike = True
+        hinted(self, CHAINED)
         peers = [proxy.peer for proxy in self.proxies]
         if len(peers) < 2 or len(set(peers)) < len(peers):
             raise Refused("replicas are on two workers at least, each on one of its own: copy the module to each")

@@ -305,7 +305,7 @@ class RemoteTensor:
             self.slot, self.token, self.record = other.slot, other.token, other.record
 
     def check(self, user: Peer | None = None) -> None:
-        """Raises WorkerLost where its worker is gone, and ValueError where `user` is of another broker."""
+        """Raises WorkerLost or ConnectionClosed where it is gone, and ValueError where `user` is of another broker."""
         peer = self.handle.peer
         if peer.error is not None:
             raise type(peer.error)(peer.error.message, worker=peer.error.worker)

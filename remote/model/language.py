@@ -8,13 +8,16 @@ from typing import Any, Final, Self
 import torch
 
 from ...schema.errors import Refused
+from ..hints import CHAINED, hinted
 from ..proxy import RemoteModule, Several
 from ..tensor import RemoteTensor
 from . import lora
 from .placing import Place
+from .prompts import check_count, checked
 from .sampling import check, choose
 
 IGNORED: Final = -100  # a label that counts nothing
+TOKENIZER: Final = "tokenizer.json"  # of a model's directory
 ROWS: Final = 64 << 20  # bytes of a head's rows that travel as one
 
 
@@ -44,6 +47,7 @@ class RemoteLanguageModel(Several):
         proxies: the spans, as a RemoteOptimizer or a Pipeline takes them.
         places: which layers are where.
         sent: bytes of weights that went from here to each worker that had no copy of the files.
+        tokenizer: the file of its tokenizer, where the model's files are here.
     """
 
     alike = False
@@ -55,10 +59,12 @@ class RemoteLanguageModel(Several):
         self.places = places
         self.config = config
         self.sent: dict[str, int] = {}
+        self.tokenizer = TOKENIZER
         self.adapter: lora.Adapter | None = None
         self._whole: list[dict[str, str]] = [told["whole"] for told in made]
         self._tied = str(made[0]["tied"]) if len(proxies) > 1 else ""  # the embedding, where it is the head, too
         self._moved = False  # the embedding may have been trained, and the last worker's copy of it is an old one
+        hinted(self, CHAINED)
 
     def __call__(self, input_ids: Any, **options: Any) -> Output:
         return self.forward(input_ids, **options)
@@ -84,9 +90,12 @@ class RemoteLanguageModel(Several):
             labels: [b, n]: the ids again; the loss is that of each next one, but for those that are -100.
             past: of the output of the tokens before, which were called with `use_cache`.
             keep: logits of so many last tokens alone; of all for 0.
+
+        Raises:
+            TypeError, IndexError, Refused: ids that are here are no token ids; see `prompts.checked`.
         """
         return self._forward(
-            input_ids if isinstance(input_ids, RemoteTensor) else torch.as_tensor(input_ids),
+            input_ids if isinstance(input_ids, RemoteTensor) else self._checked(input_ids),
             self._given(attention_mask=attention_mask, position_ids=position_ids),
             self._given(
                 use_cache=use_cache or bool(past),
@@ -117,18 +126,19 @@ class RemoteLanguageModel(Several):
         Tokens are chosen on the last worker and go from there to the first; they come here for the test of an end.
 
         Args:
-            input_ids: [b, n], or [n] of a single row.
+            input_ids: [b, n], or [n] of a single row; of a worker, they come here first.
             attention_mask: of the same shape: 0 where a row is padded, on the left.
             temperature, top_k, top_p, seed: see `sampling.choose`; temperature 0 takes the most likely token.
             eos_ids: a row ends with one of these, and is filled up with the first of them; the model's own where not
                 given. With () nothing ends before `max_new_tokens`.
 
         Raises:
+            TypeError, IndexError: these are no token ids; see `prompts.checked`.
             Refused: a mask that pads on the right, or settings by which nothing can be chosen.
         """
-        ids = torch.as_tensor(input_ids)
-        ids = ids[None] if ids.ndim == 1 else ids
-        attention_mask = _checked(attention_mask, ids)
+        check_count(max_new_tokens)
+        ids = self._checked(input_ids.to_here() if isinstance(input_ids, RemoteTensor) else input_ids, row=True)
+        attention_mask = _mask(attention_mask, ids)
         check(temperature, top_k, top_p)
         top_k = min(top_k, int(self.config.get("vocab_size") or top_k))
         ends = torch.tensor(list(self.eos_ids if eos_ids is None else eos_ids), dtype=torch.long)
@@ -238,6 +248,14 @@ class RemoteLanguageModel(Several):
 
     # -- inside
 
+    def _checked(self, input_ids: Any, row: bool = False) -> torch.Tensor:
+        """Token ids [b, n]; with `row` those [n] of a single one, too."""
+        ids = checked(input_ids, int(self.config.get("vocab_size") or 0), self.tokenizer)
+        ids = ids[None] if row and ids.ndim == 1 else ids
+        if ids.ndim != 2:
+            raise Refused(f"token ids are [rows, tokens], not {list(ids.shape)}: give a list of rows")
+        return ids
+
     @staticmethod
     def _given(**options: Any) -> dict[str, Any]:
         return {name: value for name, value in options.items() if value is not None and value is not False}
@@ -289,7 +307,7 @@ class RemoteLanguageModel(Several):
         return [weight[begin : begin + step] for begin in range(0, rows, step)]
 
 
-def _checked(mask: Any, ids: torch.Tensor) -> torch.Tensor | None:
+def _mask(mask: Any, ids: torch.Tensor) -> torch.Tensor | None:
     if mask is None:
         return None
     found = torch.as_tensor(mask).long()

@@ -19,7 +19,7 @@ from ..home import home
 from ..owner.pretrained import DTYPES as KNOWN
 from ..peer import Handle, Peer
 from ..proxy import RemoteModule, uploaded
-from .language import RemoteLanguageModel
+from .language import TOKENIZER, RemoteLanguageModel
 from .placing import Place, Workers, placed, slots_of
 
 LOADING: Final = 3600.0  # seconds that a worker may take to read its layers
@@ -81,6 +81,8 @@ def from_pretrained(
     del stagings  # what was sent had to be there until here
     found = RemoteLanguageModel(proxies, made, places, files.config)
     found.sent = sent
+    if files.path is not None:
+        found.tokenizer = str(files.path / TOKENIZER)
     return found
 
 

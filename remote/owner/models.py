@@ -112,9 +112,9 @@ def _load(call: Call) -> Answer:
     tensors = staging_of(call).complete()
     if not isinstance(names, list) or len(names) != len(tensors):
         raise Malformed("a state without names")
-    module.load_state_dict(dict(zip(names, tensors, strict=True)), strict=bool(call.body.get("strict", True)))
+    found = module.load_state_dict(dict(zip(names, tensors, strict=True)), strict=bool(call.body.get("strict", True)))
     call.table.drop([call.number("staging")], [])
-    return {}, []
+    return {"missing": found.missing_keys, "unexpected": found.unexpected_keys}, []
 
 
 def _chosen(call: Call) -> dict[str, torch.Tensor]:

@@ -145,6 +145,17 @@ async def test_torch_calls_that_are_late_or_do_not_belong_together() -> None:
             await world(all_of_it.url, 2, other, backend="nccl")
 
 
+async def test_nccl_without_a_gpu_is_refused_before_anyone_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after a wait for the others: there is no broker, even."""
+    monkeypatch.setattr(distributed, "gpu", lambda: "")
+    met: list[Any] = []
+    monkeypatch.setattr("ralmq.workers.group.group.meet", lambda *given, **options: met.append(given))
+    with pytest.raises(Refused, match=r"backend nccl: this process sees no GPU, .* or use gloo"):
+        async with ralmq.group("alone", 2, broker="tcp://127.0.0.1:9", backend="nccl"):
+            raise AssertionError("it has opened")
+    assert not met
+
+
 async def test_one_that_dies_before_torch_has_connected_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import ralmq
 import torch
-from ralmq.errors import Busy, DeadlineExceeded, Refused, RequestCancelled, WorkerLost
+from ralmq.errors import Busy, ConnectionClosed, DeadlineExceeded, Refused, WorkerLost
 from ralmq.remote.home import Home, connect
 from ralmq.remote.tensor import launch, to_worker
 from remote_served import Served
@@ -239,7 +239,7 @@ def test_closing_ends_what_waits(served: Served) -> None:
     time.sleep(0.2)
     assert not waiting.future.done()
     home.close()
-    with pytest.raises(RequestCancelled, match="closed"):
+    with pytest.raises(ConnectionClosed, match="closed"):
         waiting.result(5)
     with pytest.raises(Exception, match=r"closed|connect"):
         home.peer("three")

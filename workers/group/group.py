@@ -20,6 +20,7 @@ from .meeting import Member, meet
 from .mesh import Mesh
 
 T = TypeVar("T")
+OWN: Final = "each member needs a GPU of its own: see CUDA_VISIBLE_DEVICES, or use gloo"
 BACKENDS: Final = ("direct", "gloo", "nccl", "auto")
 
 
@@ -160,11 +161,12 @@ class Group:
         """Meets the others, and connects to each."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._wait
+        gpu = self._gpu()
         far = "" if is_local(self._url) and not self._address else self._reached()
         self._mesh = Mesh(far, key_for(self._url, self._keys, works=True) is not None)
         try:
             terms = {"world_size": self.size, "backend": self._backend}
-            member = Member(self._wanted, self._mesh.direct, terms, {"gpu": self._gpu()})
+            member = Member(self._wanted, self._mesh.direct, terms, {"gpu": gpu})
             table = await meet(self._url, self.name, member, self._wait, context=self._context, keys=self._keys)
             self.rank = table.rank
             self._mesh.join(table)
@@ -227,13 +229,16 @@ class Group:
             return ""
         from .distributed import gpu
 
-        return gpu()
+        found = gpu()
+        if self._backend == "nccl" and not found:  # at once: the others may not have come
+            raise Refused(f"backend nccl: this process sees no GPU, and {OWN}")
+        return found
 
     def _chosen(self, gpus: list[str]) -> str:
         """The backend, equal for all."""
         own = all(gpus) and len(set(gpus)) == len(gpus)
         if self._backend == "nccl" and not own:
-            raise Refused("backend nccl: each member needs a GPU of its own: see CUDA_VISIBLE_DEVICES, or use gloo")
+            raise Refused(f"backend nccl: {OWN}")
         return self._backend if self._backend != "auto" else "nccl" if own else "gloo"
 
     def _check_root(self, root: int) -> None:
