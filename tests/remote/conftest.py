@@ -3,15 +3,32 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from inprocess import cluster
 from ralmq.remote.home import close, connect
+from ralmq.remote.peer import Peer, Pending
 from ralmq.remote.worker import ModuleWorker
 from remote_served import NAMES, Served
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The verbs of all calls from now on, but for those that free handles, which come whenever they come."""
+    verbs: list[str] = []
+    ask = Peer.ask
+
+    def counted(self: Peer, verb: str, *args: Any, **kwargs: Any) -> Pending:
+        if verb != "free":
+            verbs.append(verb)
+        return ask(self, verb, *args, **kwargs)
+
+    monkeypatch.setattr(Peer, "ask", counted)
+    return verbs
 
 
 @pytest.fixture(scope="module")
