@@ -9,16 +9,13 @@ import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch.autograd import Function
 
 from .peer import Handle, Peer, Pending
 from .values import Ref, leaves, opened, pack
-
-if TYPE_CHECKING:
-    from .tensor import RemoteTensor
 
 LOCAL: Final = object()  # an input that is a tensor of this process
 _engine: Any = torch.autograd.Variable._execution_engine
@@ -273,19 +270,23 @@ def without_waiting(held: list[Pending]) -> Iterator[None]:
         _passes.held = None
 
 
-def backward(tensor: "RemoteTensor", gradient: Any, retain: bool) -> None:
-    """Gradients of all that a remote tensor was made of; returns when they are there.
+def backward(
+    slot: Slot, token: torch.Tensor | None, ones: Callable[[], torch.Tensor], gradient: Any, retain: bool
+) -> None:
+    """Gradients of all that a remote value was made of; returns when they are there.
+
+    Args:
+        token: the tensor that stands for it; None where gradients go nowhere.
+        ones: makes the gradient of a scalar that is a leaf itself.
 
     Raises:
         RuntimeError: it was not made of anything that requires grad.
     """
-    if tensor.token is None:
+    if token is None:
         raise RuntimeError("element 0 of tensors does not require grad and does not have a grad_fn")
-    if tensor.slot.leaf is not None:
-        if gradient is None and tensor.shape.numel() != 1:
-            raise RuntimeError("grad can be implicitly created only for scalar outputs")
-        tensor.slot.add([torch.ones(tensor.shape, dtype=tensor.dtype) if gradient is None else gradient])
+    if slot.leaf is not None:
+        slot.add([ones() if gradient is None else gradient])
         _finish(task())
         return
-    tensor.slot.begin(gradient)
-    torch.autograd.backward(tensor.token, retain_graph=retain)
+    slot.begin(gradient)
+    torch.autograd.backward(token, retain_graph=retain)

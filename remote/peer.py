@@ -6,21 +6,19 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Late
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
+from ..client.client import Client
 from ..client.results import Reply
 from ..client.stream import Stream
 from ..schema.errors import ConnectionClosed, DeadlineExceeded, Malformed, NoService, RalmqError, WorkerLost
 from ..schema.tensor import Tensor
 from .failures import raised, told
-from .straight import Unsent
+from .straight import Straight, Unsent
 from .values import Ref
-
-if TYPE_CHECKING:
-    from .home import Home
 
 LASTING: Final = 4_000_000.0  # seconds of a session: no deadline
 FREE: Final = 0.25  # seconds after which handles are freed where no call goes there
@@ -101,6 +99,31 @@ class Pending:
                 self.future.set_result(outcome)
 
 
+class Caller(Protocol):
+    """Whose sessions they are; a `Home` is one.
+
+    Attributes:
+        deadline: seconds for any one answer.
+        received, messages: bytes of tensors, and answers, that have come.
+    """
+
+    url: str
+    deadline: float
+    received: int
+    messages: int
+    loop: asyncio.AbstractEventLoop
+    client: Client
+    straight: Straight
+
+    def soon(self, action: Callable[[], None]) -> None:
+        """Runs `action` in the loop, after what was handed over before."""
+        ...
+
+    def peer(self, worker: str) -> "Peer":
+        """The session with another worker."""
+        ...
+
+
 class Peer:
     """One worker.
 
@@ -110,7 +133,7 @@ class Peer:
         reads: calls of others that read what lies here.
     """
 
-    def __init__(self, home: "Home", name: str) -> None:
+    def __init__(self, home: Caller, name: str) -> None:
         self.home = home
         self.name = name
         self.service = f"{SERVICE}{name}"

@@ -16,6 +16,7 @@ from .operators import IN_PLACE, METHODS, OPERATORS, SET, SEVERAL, VALUES, name_
 from .peer import Handle, Peer, Pending
 from .values import DTYPES, Ref, opened, pack
 
+ARITHMETIC: Final = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 NO_GRAD: Final = {"Tensor.detach", "torch.detach", *VALUES}
 Function = Callable[..., Any]
 
@@ -283,7 +284,12 @@ class RemoteTensor:
     def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
         """Gradients of all that it was made of, on every worker and here; returns when they are there."""
         self.check()
-        graph.backward(self, gradient, retain_graph)
+        graph.backward(self.slot, self.token, self._one, gradient, retain_graph)
+
+    def _one(self) -> torch.Tensor:
+        if self.numel() != 1:
+            raise RuntimeError("grad can be implicitly created only for scalar outputs")
+        return torch.ones(self.shape, dtype=self.dtype)
 
     def requires_grad_(self, flag: bool = True) -> Self:
         """Makes it a leaf whose gradient is kept where it lies."""
@@ -371,21 +377,7 @@ def _add_operators() -> None:
     def within(name: str) -> Function:
         return lambda self, other: _operate(f"Tensor.{name}_", (self, other), {})
 
-    for name in [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "matmul",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-    ]:
+    for name in [*ARITHMETIC, "and", "or", "xor", "lshift", "rshift"]:
         known = name if hasattr(operator, name) else f"{name}_"
         setattr(RemoteTensor, f"__{name}__", forward(known))
         setattr(RemoteTensor, f"__r{name}__", reverse(known))

@@ -3,14 +3,15 @@
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ..schema.frame import Prefix
 from ..schema.message import Beat, Direct, Span
 from ..schema.tensor import Tensor
 
 if TYPE_CHECKING:
-    from .host import Host
+    from ..client.client import Client
+    from ..client.link import Link
 
 Answer = Any  # None, a map, or (map, tensors); see `answer_parts`
 ELSEWHERE: Final = object()  # an answer that another peer sends: the last stage of a pipeline, for its leader
@@ -43,6 +44,24 @@ class Request:
     wait: float = 0.0
 
 
+class Hosting(Protocol):
+    """What a worker has of the process part that runs it; a `Host` is one.
+
+    Attributes:
+        url: the broker's address.
+        client: for requests of its own; made once `start` is done.
+        link: to the broker; made once `start` is done.
+    """
+
+    url: str
+    client: "Client"
+    link: "Link"
+
+    def asking(self, wait: float) -> "Client":
+        """A client for what a worker must know in `start`; opened by `async with`."""
+        ...
+
+
 class Worker:
     """A class that serves requests; subclass it and start it with `ralmq worker my_package:MyWorker`.
 
@@ -67,7 +86,7 @@ class Worker:
     max_wait: float = 0.0
     identity: str = ""
     labels: Mapping[str, Any] = MappingProxyType({})  # shown of it in `ralmq status`; known once `start` is done
-    host: "Host"
+    host: Hosting
 
     @property
     def services(self) -> tuple[str, ...]:

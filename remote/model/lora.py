@@ -5,15 +5,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ...schema.errors import Refused
-
-if TYPE_CHECKING:
-    from .language import RemoteLanguageModel
+from ..proxy import RemoteModule
 
 WEIGHTS: Final = "adapter_model.safetensors"
 CONFIG: Final = "adapter_config.json"
@@ -41,6 +39,22 @@ class Adapter:
     transposed: bool
 
 
+class Adaptable(Protocol):
+    """A model on workers that takes adapters; see RemoteLanguageModel for each of these."""
+
+    config: dict[str, Any]
+    proxies: list[RemoteModule]
+    adapter: Adapter | None
+
+    def adapted(self, number: int, made: dict[str, Any]) -> None: ...
+
+    def adapter_names(self, number: int) -> dict[str, str]: ...
+
+    def add_adapter(
+        self, r: int, lora_alpha: float, target_modules: Sequence[str] | str | None, lora_dropout: float
+    ) -> Any: ...
+
+
 def is_adapter(name: str) -> bool:
     """Whether a parameter is an adapter's."""
     return name.endswith((".lora_A.weight", ".lora_B.weight"))
@@ -54,7 +68,7 @@ def matches(name: str, targets: Sequence[str] | str) -> bool:
 
 
 def add(
-    model: "RemoteLanguageModel",
+    model: Adaptable,
     r: int,
     alpha: float,
     targets: Sequence[str] | str | None,
@@ -87,7 +101,7 @@ def add(
     return Adapter(r, alpha, dropout, kept, any(layer[2] for layers in chosen for layer in layers))
 
 
-def _chosen(model: "RemoteLanguageModel", wanted: Sequence[str] | str) -> list[list[Any]]:
+def _chosen(model: Adaptable, wanted: Sequence[str] | str) -> list[list[Any]]:
     """Of each span the layers that are meant: name there, name in the whole model, whether transposed.
 
     Raises:
@@ -109,7 +123,7 @@ def _chosen(model: "RemoteLanguageModel", wanted: Sequence[str] | str) -> list[l
     return chosen
 
 
-def save(model: "RemoteLanguageModel", folder: Path) -> None:
+def save(model: Adaptable, folder: Path) -> None:
     """Writes both files.
 
     Raises:
@@ -142,7 +156,7 @@ def save(model: "RemoteLanguageModel", folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load(model: "RemoteLanguageModel", folder: Path) -> None:
+def load(model: Adaptable, folder: Path) -> None:
     """Adds the adapters of a folder, with their weights.
 
     Raises:

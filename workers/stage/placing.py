@@ -20,9 +20,9 @@ from ...schema.keys import PLACE
 from ...schema.plan.model import Load
 from ...schema.plan.plan import KV_TOKENS
 from ...schema.plan.sizes import read_size, size_text
+from ..base import Hosting
 from ..engine.errors import CheckpointError
 from ..engine.headers import Headers
-from ..host import Host
 from ..speed import measured
 from ..weigh import weighed
 from .ranks import check_device
@@ -84,7 +84,7 @@ class Settled:
 
 
 @asynccontextmanager
-async def settled(place: Place, offer: Offer | None, host: Callable[[], Host]) -> AsyncIterator[Settled]:
+async def settled(place: Place, offer: Offer | None, host: Callable[[], Hosting]) -> AsyncIterator[Settled]:
     """The layers that a stage is told, or that the broker gives it and keeps for it as long as the block lasts.
 
     Raises:
@@ -148,7 +148,7 @@ class Placing:
         return load.kv_mib(place.first, place.last)
 
     @asynccontextmanager
-    async def placed(self, host: Host) -> AsyncIterator[Place]:
+    async def placed(self, host: Hosting) -> AsyncIterator[Place]:
         """The layers that the broker gives; they are kept for this stage as long as the block lasts.
 
         Raises:
