@@ -1,12 +1,13 @@
 """What a peer does not take yet, in order and bounded in bytes. Knows no socket.
 
-The socket before it counts messages, not bytes: its few places hold at most what the budget here holds, as long as
-messages have up to a MiB. A peer that takes nothing is let go when both are full.
+The socket before it has a bound of its own, see flights.py. A peer that takes nothing is let go when both are full.
 """
 
 from collections import deque
 
 from .records import Frames
+
+FRAME = 256  # bytes that a frame is counted with beside its own: else very small ones would be held without bound
 
 
 class Outbox:
@@ -23,9 +24,13 @@ class Outbox:
     def __bool__(self) -> bool:
         return bool(self._held)
 
+    def bound(self, budget: int) -> None:
+        """Bytes for each peer from now on; what is held already stays."""
+        self._budget = budget
+
     def hold(self, key: bytes, frames: Frames) -> bool:
         """Keeps a message behind those already held; False, and nothing kept, where the budget is spent."""
-        size = sum(map(len, frames))
+        size = sum(map(len, frames)) + FRAME * len(frames)
         used = self._bytes.get(key, 0)
         if used and used + size > self._budget:
             return False
@@ -45,6 +50,7 @@ class Outbox:
         """The first message is out; True where more is held for the peer."""
         frames = self._held[key].popleft()
         self._bytes[key] -= sum(map(len, frames))
+        self._bytes[key] -= FRAME * len(frames)
         if not self._held[key]:
             self.drop(key)
             return False

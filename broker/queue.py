@@ -16,10 +16,11 @@ Flow = tuple[bytes, int]  # asker and priority
 
 
 class FairQueue:
-    """Bounded by its owner; `count` says how full it is."""
+    """Bounded by its owner; `count` says how many wait, `fresh` how many of them were sent for the first time."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.fresh = 0
         self._waiting: dict[bytes, Record] = {}
         self._heap: list[tuple[float, int, Record]] = []  # tag, order of arrival
         self._last: dict[Flow, float] = {}  # tag of the youngest request, where it is not behind the clock
@@ -40,6 +41,7 @@ class FairQueue:
         self._waiting[record.id] = record
         self._of[record.asker.key] = self._of.get(record.asker.key, 0) + 1
         self.count += 1
+        self.fresh += not record.attempt
 
     def pop(self) -> Record:
         """Takes the next request of a queue that is not empty."""
@@ -56,6 +58,7 @@ class FairQueue:
         """Takes a given request out, which must be in the queue."""
         del self._waiting[record.id]
         self.count -= 1
+        self.fresh -= not record.attempt
         asker = record.asker.key
         self._of[asker] -= 1
         if not self._of[asker]:

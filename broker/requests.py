@@ -284,8 +284,9 @@ class Requests(Transitions):
     def _queue(self, now: float, record: Record) -> RalmqError | None:
         """Puts a request into its service's queue; the error to refuse it with where it cannot wait there.
 
-        What is sent again was taken once, so the length of the queue does not turn it away; what is asked on behalf
-        of a request under way helps that one to its end, so a full memory does not.
+        What is sent again was taken once, so the length of the queue does not turn it away, and it takes nobody's place
+        there: whoever says so could keep the others out. What is asked on behalf of a request under way helps that one
+        to its end, so a full memory does not turn it away.
         """
         service, asker, limits = record.service, record.asker, self._limits
         until = 0.0
@@ -299,11 +300,11 @@ class Requests(Transitions):
             return busy(service, now, f"the broker's memory is full ({self.memory >> 20} MiB)")
         if asker.held and asker.held + record.size > limits.peer_bytes:
             return busy(service, now, f"{asker.held} bytes are held for {asker.name}")
-        full = service.queue.count >= limits.queue and not record.attempt
+        full = service.queue.fresh >= limits.queue and not record.attempt
         if full or self.queued_bytes + record.size > limits.queue_bytes:
             return busy(service, now, f"{service.waiting} requests wait for {service.name}")
         own = service.queue.of(asker.key)
-        if own > SHARE * (limits.queue - service.queue.count) and limits.queue > SHARE and not record.attempt:
+        if own > SHARE * (limits.queue - service.queue.fresh) and limits.queue > SHARE and not record.attempt:
             return busy(service, now, f"{own} requests of {asker.name} wait for {service.name}; the rest is for others")
         if record.parent is None and not record.attempt and not service.in_time(now, record):
             return busy(service, now, f"{service.waiting} requests wait for {service.name}, too many for its deadline")

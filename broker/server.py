@@ -19,6 +19,7 @@ from zmq.utils.monitor import parse_monitor_message
 from ..schema.errors import Refused
 from ..schema.limits import MAX_FRAMES, MAX_MESSAGE
 from .core import Core
+from .flights import LARGE, Flights
 from .guard import Guard
 from .limits import Limits
 from .memory import give_back, resident, watermark
@@ -37,7 +38,9 @@ HEARTBEAT_MS: Final = 500
 HEARTBEAT_TIMEOUT_MS: Final = 2000
 LINGER_MS: Final = 1000  # closing at once with a multipart backlog can abort the process
 HIGH_WATER: Final = 64  # messages a peer, whatever their size; what it does not take beyond that waits in the outbox
-OUT_BYTES: Final = 64 << 20
+FLYING: Final = 64 << 20  # bytes of large messages among them
+OUT_BYTES: Final = 2 * MAX_MESSAGE  # in the outbox; a peer that takes nothing is let go beyond that
+OUT_FULL: Final = 64 << 20  # the same while the memory is full
 LOOK: Final = 0.1  # seconds between two looks at the list of keys, and at messages that do not end
 REFUSALS: Final = {  # what the monitor tells of connections that never came to be, and how it is counted
     int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "unknown_key",
@@ -76,6 +79,8 @@ class Server:
         self._own = context is None
         self._context = context or zmq.Context()
         self._outbox = Outbox(OUT_BYTES)
+        self._flights = Flights(FLYING)
+        self._frees = not bind.startswith("inproc")  # there a frame is freed when who took it is done with it
         self._descriptors: dict[bytes, int] = {}
         self._clock = time.monotonic
         self._again = False
@@ -211,6 +216,8 @@ class Server:
             give_back()
             memory = resident()
         self.core.measured(memory)
+        self._outbox.bound(OUT_FULL if 0 < self._limits.memory < memory else OUT_BYTES)
+        self._flights.tidy()
         if self._guard is not None and self._guard.changed():
             self._revoke()
         suspects, endless = self._watch.look()
@@ -256,11 +263,18 @@ class Server:
             sent = [message for key, reason in lost for message in self._lost(key, reason)]
 
     def _put(self, key: bytes, frames: list[Any]) -> None:
-        send = self._send
+        send, left = self._send, None
+        size = len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
+        if size > LARGE and self._frees:
+            if not self._flights.room(key, size):
+                raise zmq.Again
+            frames, left = self._flights.watched(frames)
         send(key, MORE)
         for frame in frames[:-1]:
             send(frame, MORE, False)
         send(frames[-1], LAST, False)
+        if left is not None:
+            self._flights.add(key, size, left)
 
     def _retry(self) -> None:
         """Sends what is held, as far as the peers take it: a ROUTER does not tell when one of them can take more."""

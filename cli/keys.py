@@ -1,7 +1,10 @@
 """`ralmq keys`: makes, lists and revokes keys; nothing else in the package makes one. Knows their files only."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,17 +79,17 @@ def add(
     folder: Folder = None,
 ) -> None:
     """Make a key and let it in; a running broker takes it within a second."""
-    place, entries = _opened(folder)
     if not is_name(name):
         raise Refused(f"{name!r} is no name of a key: use letters, digits, dots, dashes, and not `broker`")
     if role not in ROLES:
         raise Refused(f"{role} is no role: there are {', '.join(ROLES)}")
     if offers and role != WORKER:
         raise Refused(f"--offers is for workers, and {name} is to be a {role}: leave it away, or add --role worker")
-    if any(entry.name == name and not entry.revoked for entry in entries):
-        raise Refused(f"a key {name} is let in already: revoke it first, or choose another name")
-    entry = _made(place, broker_key(place).public, Entry(name, role, "", tuple(offers or EVERYTHING)))
-    _write_entries(place, [*(other for other in entries if other.name != name), entry])
+    with _changing(folder) as (place, entries):
+        if any(entry.name == name and not entry.revoked for entry in entries):
+            raise Refused(f"a key {name} is let in already: revoke it first, or choose another name")
+        entry = _made(place, broker_key(place).public, Entry(name, role, "", tuple(offers or EVERYTHING)))
+        _write_entries(place, [*(other for other in entries if other.name != name), entry])
     typer.echo(f"{place / name}{SUFFIX}: take it to the machine that is to connect, and name it with --keys")
 
 
@@ -110,12 +113,12 @@ def revoke(
     folder: Folder = None,
 ) -> None:
     """Let a key in no more; a running broker ends its connections within a second."""
-    place, entries = _opened(folder)
-    if not any(entry.name == name and not entry.revoked for entry in entries):
-        known = ", ".join(entry.name for entry in entries if not entry.revoked) or "none"
-        raise Refused(f"no key {name} is let in: there are {known}")
-    _write_entries(place, [replace(entry, revoked=entry.revoked or entry.name == name) for entry in entries])
-    (place / f"{name}{SUFFIX}").unlink(missing_ok=True)
+    with _changing(folder) as (place, entries):
+        if not any(entry.name == name and not entry.revoked for entry in entries):
+            known = ", ".join(entry.name for entry in entries if not entry.revoked) or "none"
+            raise Refused(f"no key {name} is let in: there are {known}")
+        _write_entries(place, [replace(entry, revoked=entry.revoked or entry.name == name) for entry in entries])
+        (place / f"{name}{SUFFIX}").unlink(missing_ok=True)
     typer.echo(f"{name} is revoked")
 
 
@@ -128,6 +131,18 @@ def _opened(folder: Path | None) -> tuple[Path, list[Entry]]:
     place = (folder or default_folder()).expanduser()
     broker_key(place)
     return place, read_entries(place)
+
+
+@contextmanager
+def _changing(folder: Path | None) -> Iterator[tuple[Path, list[Entry]]]:
+    """The same, for one command at a time: of two that wrote the list they read, one would undo the other."""
+    place, _ = _opened(folder)
+    lock = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield _opened(place)
+    finally:
+        os.close(lock)
 
 
 def _made(place: Path, broker: str, entry: Entry) -> Entry:

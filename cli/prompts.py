@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..schema.errors import RalmqError, Refused
-from ..schema.limits import MAX_TOKEN_ID
+from ..schema.limits import MAX_TOKEN_ID, NO_ID
 from .collected import collected
 from .shared import print_json
 
@@ -35,7 +35,7 @@ def read_prompts(name: str, options: dict[str, Any]) -> list[Prompt]:
         Refused: the file cannot be read, holds no prompt, or a line of it is broken; the line is named.
     """
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).expanduser().read_text(encoding="utf-8")
+        text = _text(sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         said = getattr(error, "strerror", None) or "it is not UTF-8"
         raise Refused(f"{name}: cannot be read ({said}): name a text file or a .jsonl file") from None
@@ -49,6 +49,11 @@ def read_prompts(name: str, options: dict[str, Any]) -> list[Prompt]:
     return found
 
 
+def _text(data: bytes) -> str:
+    """UTF-8, with or without a byte order mark, whatever ends its lines."""
+    return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _paragraphs(text: str) -> Iterator[tuple[int, Any, dict[str, Any]]]:
     for match in re.finditer(r"\S.*(?:\n.*\S.*)*", text):
         yield text.count("\n", 0, match.start()) + 1, match.group().rstrip(), {}
@@ -60,7 +65,7 @@ def _objects(name: str, text: str) -> Iterator[tuple[int, Any, dict[str, Any]]]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refused(f"{name}: line {number}: no JSON ({error}): write one object a line") from None
         if not isinstance(entry, dict) or "prompt" not in entry:
             raise Refused(f'{name}: line {number}: no object with a "prompt": write {{"prompt": "Once"}}')
@@ -70,13 +75,17 @@ def _objects(name: str, text: str) -> Iterator[tuple[int, Any, dict[str, Any]]]:
 def _checked(prompt: Any, options: dict[str, Any], where: str) -> Prompt:
     """A prompt whose options the generator will take, as far as can be told here."""
     from ..client.generation import generation_request
+    from ..schema.codec import encode
+    from ..schema.message import Request
     from ..workers.generator.options import Options
 
     ids = isinstance(prompt, list) and all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in prompt)
     if not prompt or not (isinstance(prompt, str) or ids):
         raise Refused(f"{where}: the prompt is neither text nor a list of token ids: give either, not empty")
     try:
-        Options.of(generation_request(prompt, options)[0])
+        body, tensors = generation_request(prompt, options)
+        Options.of(body)
+        encode(Request("generate", body=body, tensors=tensors), id=NO_ID)  # what cannot travel is refused here, too
     except (TypeError, ValueError) as error:
         raise Refused(f"{where}: {error}") from None
     except Refused as error:

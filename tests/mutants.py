@@ -40,6 +40,7 @@ ALONE = {
 SHELL = {  # what has sockets, or what nothing else depends on, is seen by tests of its own
     "broker/place.py": ("broker/test_broker_place.py",),
     "broker/sharing.py": ("broker/test_broker_place.py",),
+    "broker/flights.py": ("broker/test_broker_flights.py",),
     "broker/guard.py": ("security/test_security_keys.py",),
     "broker/watch.py": tuple(
         f"security/test_security_endless.py::{name}"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import ralmq.broker
-from ralmq.broker.outbox import Outbox
+from ralmq.broker.outbox import FRAME, Outbox
 
 HOUSE = Path(ralmq.broker.__file__).parent
-SHELL = {"server.py", "guard.py", "watch.py", "memory.py"}
+SHELL = {"server.py", "guard.py", "watch.py", "memory.py", "flights.py"}
 CORE = sorted(path for path in HOUSE.glob("*.py") if path.name not in SHELL)
 FORBIDDEN = {
     "asyncio",
@@ -45,7 +45,7 @@ def test_there_is_a_core() -> None:
 
 
 def test_the_outbox_keeps_the_order_of_each_peer() -> None:
-    outbox = Outbox(1000)
+    outbox = Outbox(10_000)
     assert not outbox and b"a" not in outbox
     for n in range(3):
         assert outbox.hold(b"a", [b"x", bytes([n])])
@@ -61,12 +61,12 @@ def test_the_outbox_keeps_the_order_of_each_peer() -> None:
 
 
 def test_the_outbox_is_bounded_in_bytes_for_each_peer() -> None:
-    outbox = Outbox(100)
-    assert outbox.hold(b"a", [bytes(300)]), "a single larger one passes"
+    outbox = Outbox(100 + 2 * FRAME)
+    assert outbox.hold(b"a", [bytes(300 + FRAME)]), "a single larger one passes"
     assert not outbox.hold(b"a", [b"x"])
     assert outbox.hold(b"b", [bytes(60)]) and outbox.hold(b"b", [bytes(40)])
-    assert not outbox.hold(b"b", [b"x"])
+    assert not outbox.hold(b"b", [b""])
     outbox.sent(b"b")
-    assert outbox.hold(b"b", [bytes(60)]) and not outbox.hold(b"b", [b"x"])
+    assert outbox.hold(b"b", [bytes(60)]) and not outbox.hold(b"b", [b""])
     outbox.sent(b"a")
-    assert outbox.hold(b"a", [bytes(100)])
+    assert outbox.hold(b"a", [bytes(100), b""]) and not outbox.hold(b"a", [b""])

@@ -156,6 +156,24 @@ def test_what_is_sent_again_is_not_turned_away_by_the_length_of_the_queue() -> N
     assert shown(broker.hello("w", "echo"))[1:] == [("w", "Request", "r0", 1)]
 
 
+def test_who_says_that_all_of_it_is_sent_again_takes_nobodys_place_in_the_queue() -> None:
+    broker = Broker(queue=32)
+    broker.hello("w", "echo")
+    broker.hello("greedy")
+    broker.hello("modest")
+    broker.ask("greedy", "echo", "first")
+    for n in range(100):
+        assert broker.ask("greedy", "echo", f"g{n}", attempt=1) == []
+    assert [codes(broker.ask("modest", "echo", f"m{n}")) for n in range(32)] == [[]] * 31 + [["busy"]]
+    assert codes(broker.ask("greedy", "echo", "new")) == ["busy"], "its own count for it"
+    assert codes(broker.ask("modest", "echo", "again", attempt=1)) == [], "the queue is full of others"
+    broker.say("modest", Cancel(), "again", attempt=1)
+    for n in range(100):
+        broker.say("greedy", Cancel(), f"g{n}", attempt=1)
+    assert served(broker, 3) == ["m0", "m1", "m2"]
+    assert codes(broker.ask("greedy", "echo", "g")) == []
+
+
 def test_a_full_memory_refuses_new_work_and_lets_go_on_what_is_under_way() -> None:
     broker = Broker(memory=1000)
     broker.hello("client")

@@ -37,10 +37,24 @@ def test_an_object_a_line(tmp_path: Path) -> None:
 
 
 def test_stdin_is_told_by_its_first_character(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO('\n {"prompt": "a"}\n'))
-    assert read_prompts("-", {}) == [Prompt("a", {})]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo"))
-    assert [entry.prompt for entry in read_prompts("-", {})] == ["one", "two"]
+    def given(data: bytes) -> list[Prompt]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), errors="surrogateescape"))
+        return read_prompts("-", {})
+
+    assert given(b'\n {"prompt": "a"}\n') == [Prompt("a", {})]
+    assert given(b'\xef\xbb\xbf{"prompt": "a"}\r\n') == [Prompt("a", {})]
+    assert [entry.prompt for entry in given(b"one\n\ntwo")] == ["one", "two"]
+    with pytest.raises(Refused, match=r"-: cannot be read \(it is not UTF-8\)"):
+        given(b"caf\xe9")
+
+
+def test_what_other_systems_write(tmp_path: Path) -> None:
+    """A byte order mark is no part of the first prompt, and any end of a line is one."""
+    for data in (b"\xef\xbb\xbfone\r\na\r\n\r\ntwo\r\n", b"one\ra\r\rtwo\r", b"one\na\n\n\n\ntwo"):
+        (tmp_path / "a.txt").write_bytes(data)
+        assert [entry.prompt for entry in read_prompts(str(tmp_path / "a.txt"), {})] == ["one\na", "two"]
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "one"}\r\n\r\n{"prompt": "two"}')
+    assert [entry.prompt for entry in read_prompts(str(tmp_path / "a.jsonl"), {})] == ["one", "two"]
 
 
 GOOD = '{"prompt": "a"}\n\n'
@@ -63,6 +77,9 @@ GOOD = '{"prompt": "a"}\n\n'
         ("a.jsonl", GOOD + '{"prompt": "a", "max_tokens": "many"}', "line 3: max_tokens: Input should be a valid int"),
         ("a.jsonl", GOOD + '{"prompt": "a", "logit_bias": {"x": 1}}', "line 3: invalid literal for int"),
         ("a.jsonl", GOOD + '{"prompt": "a", "n": 3}', "line 3: n=3 with temperature 0"),
+        ("a.jsonl", GOOD + '{"prompt": ' + "[" * 100_000, "line 3: no JSON (maximum recursion depth"),
+        ("a.jsonl", GOOD + '{"prompt": "\\ud800"}', "line 3: the body cannot travel"),
+        ("a.jsonl", GOOD + '{"prompt": "a", "hooks": {"h": {"x": 1' + "0" * 30 + "}}}", "line 3: a whole number in a"),
     ],
 )
 def test_a_broken_line_is_named_before_anything_is_sent(tmp_path: Path, name: str, text: str, said: str) -> None:

@@ -36,6 +36,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": OLD,
     "cohere2": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "logit_scale": 3.0},
     "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 1, 0, 1]},
+    "ctrl": {"dff": 96},  # a tied head that has a bias of its own
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "opt": {"do_layer_norm_before": False, "word_embed_proj_dim": 32, "ffn_dim": 96},
 }

@@ -178,24 +178,28 @@ def damage_dtype(path: Path) -> None:
     rewrite(path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(HIDDEN).to(torch.float8_e5m2)}))
 
 
+def index(path: Path, members: dict[str, Any]) -> None:
+    """Its one file becomes a shard, which an index may name."""
+    (path / "model.safetensors").rename(path / "shard.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps(members))
+
+
 def damage_shard_map(path: Path) -> None:
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    index(path, {"weight_map": {"a": "../secret.safetensors"}})
 
 
 def damage_no_map(path: Path) -> None:
-    (path / "model.safetensors.index.json").write_text("{}")
+    index(path, {})
 
 
 def damage_missing_shard(path: Path) -> None:
-    names = Checkpoint(path).names()
-    shards = dict.fromkeys(names, "absent.safetensors")
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    index(path, {"weight_map": dict.fromkeys(Checkpoint(path).names(), "absent.safetensors")})
 
 
 def damage_lying_index(path: Path) -> None:
-    shards = dict.fromkeys([*Checkpoint(path).names(), "model.layers.1.mlp.up_proj.weight"], "model.safetensors")
+    names = Checkpoint(path).names()
     damage_missing_tensor(path)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    index(path, {"weight_map": dict.fromkeys(names, "shard.safetensors")})
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -223,7 +227,7 @@ def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Non
         (damage_shard_map, "model.safetensors.index.json", "outside its directory"),
         (damage_no_map, "model.safetensors.index.json", "no weight_map"),
         (damage_missing_shard, "absent.safetensors", "download this shard too"),
-        (damage_lying_index, "model.safetensors", "although the index names it"),
+        (damage_lying_index, "shard.safetensors", "although the index names it"),
     ],
 )
 def test_a_damaged_directory_is_named_in_one_line(
@@ -235,6 +239,19 @@ def test_a_damaged_directory_is_named_in_one_line(
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(copy / file))
     assert "\n" not in str(caught.value) and "; " in str(caught.value)
+
+
+def test_a_whole_file_counts_whatever_lies_beside_it(copy: Path, llama: Path) -> None:
+    """As for transformers: what an earlier save has left there, or a file of the same names."""
+    other = {name: tensor + 1 for name, tensor in load_file(llama / "model.safetensors").items()}
+    save_file(other, copy / "model_old.safetensors")
+    (copy / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(other, "model-00001-of-00001.safetensors")})
+    )
+    assert Checkpoint(copy).fingerprint() == Checkpoint(llama).fingerprint()
+    ids, rows = torch.arange(10), [Row(0, 10, [0])]
+    expected = Span.load(llama, 0, 2, blocks=1).forward(rows, ids)
+    assert torch.equal(Span.load(copy, 0, 2, blocks=1).forward(rows, ids), expected)
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:

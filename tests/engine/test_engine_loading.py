@@ -1,5 +1,6 @@
 """What a span reads of a checkpoint, what it holds then, and that every form of its matrices gives the same tokens."""
 
+import json
 import subprocess
 import sys
 from math import exp
@@ -8,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from chain import reference
 from checkpoints import FAMILIES, HIDDEN, VOCAB, tiny, tiny_model
 from ralmq.workers.engine import checkpoint, families, linear
 from ralmq.workers.engine.checkpoint import Checkpoint
 from ralmq.workers.engine.config import read_config
 from ralmq.workers.engine.linear import Blocked, Int8, Linear, Packed, Plain
+from ralmq.workers.engine.names import HEAD
 from ralmq.workers.engine.span import Row, Span
-from ralmq.workers.engine.split import even_cuts, span_tensors
+from ralmq.workers.engine.split import even_cuts, span_tensors, split
 from ralmq.workers.models import resolve
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 FORMS: list[dict[str, Any]] = [{}, {"packed": True}, {"dtype": "int8"}, {"dtype": "int8", "packed": True}]
 
@@ -231,3 +235,23 @@ def test_embedding_and_norms_stay_fp32_with_int8(tmp_path: Path) -> None:
     assert torch.equal(fp32.embedding(ids), int8.embedding(ids))
     assert int8.dtype == torch.float32 and isinstance(int8.output, Int8)
     assert int8.kv_bytes_per_block == fp32.kv_bytes_per_block
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gemma2"])
+def test_a_head_that_is_stored_is_used_whatever_the_config_says(tmp_path: Path, family: str, adapter: bool) -> None:
+    """As transformers does where a tied model has another matrix there."""
+    path, ids = tiny(family, tmp_path, tie_word_embeddings=False), random_ids(20)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    model = AutoModelForCausalLM.from_pretrained(path).float().eval()
+    assert not torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    expected = reference(model, ids)
+    assert read_config(path).tied and HEAD in span_tensors(Checkpoint(path), read_config(path), 2, 4)
+    for cuts in ([(0, 4)], [(0, 2), (2, 4)]):
+        spans = [Span.load(path, first, last, blocks=8, adapter=adapter) for first, last in cuts]
+        assert (logits(spans, ids) - expected).abs().max() < 1e-4
+    if not adapter:
+        parts = split(path, 2, tmp_path / "parts")
+        spans = [Span.load(part, *cut, blocks=8) for part, cut in zip(parts, even_cuts(4, 2), strict=True)]
+        assert (logits(spans, ids) - expected).abs().max() < 1e-4

@@ -1,5 +1,6 @@
 """Detokenizing and stop strings piece by piece, against the whole text at once."""
 
+import itertools
 import json
 import random
 
@@ -133,6 +134,40 @@ def test_stop_strings_by_example() -> None:
     held = Stops(["END"])
     assert held.push("the EN") == "the " and not held.found and held.flush() == "EN"
     assert Stops([]).push("END") == "END"
+
+
+def test_a_stop_string_may_begin_where_none_may_end() -> None:
+    """Within the first min_tokens tokens: what is held back there is given, or taken back, as anywhere else."""
+    finder = Stops(["END", "xy"])
+    assert [finder.push(piece, free=True) for piece in ("END ", "E", "Nx")] == ["END ", "", "EN"]
+    assert finder.push("yz") == "" and finder.found
+    chance = random.Random(4)
+    found = 0
+    for _ in range(3000):
+        text = "".join(chance.choice("ab ") for _ in range(chance.randrange(1, 30)))
+        stops = ["".join(chance.choice("ab ") for _ in range(chance.randrange(1, 6))) for _ in range(2)]
+        free, cut = chance.randrange(len(text) + 1), chance.randrange(len(text) + 1)
+        ends = [
+            (end, end - len(stop))
+            for stop in stops
+            for end in range(free + 1, len(text) + 1)
+            if text[:end].endswith(stop)
+        ]
+        finder, given = Stops(stops), ""
+        for begin, end in itertools.pairwise(sorted({0, free, cut, len(text)})):
+            given += finder.push(text[begin:end], free=end <= free)
+        assert given + finder.flush() == (text[: min(ends)[1]] if ends else text)
+        found += finder.found
+    assert 500 < found < 2800
+
+
+def test_min_tokens_and_a_stop_string_across_its_end(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two three").ids
+    for least in range(len(ids) + 1):
+        text = Text(tokenizer, [], ["ne tw"], least)
+        shown = "".join(text.push(token) for token in ids) + text.flush()
+        early = "ne tw" in tokenizer.decode(ids[:least])
+        assert (shown, text.stopped) == (("one two three", False) if early else ("o", True))
 
 
 def test_text_of_a_generation(tokenizer: Tokenizer) -> None:

@@ -169,6 +169,7 @@ def _queues(core: Core) -> None:
         records = service.queue.records()
         holds(service.queue.count == len(records), f"{service.name}: {service.queue.count} counted in the queue")
         fresh = sum(not record.attempt for record in records)
+        holds(service.queue.fresh == fresh, f"{service.name}: {service.queue.fresh} counted as sent for the first time")
         holds(fresh <= core.limits.queue, f"{service.name}: {fresh} wait, more than the bound")
         free = [worker.name for worker in service.workers if worker.load < worker.capacity]
         holds(not records or not free, f"{service.name}: requests wait while {free} have credit")

@@ -6,10 +6,11 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+import torch
 from ralmq.schema.message import Error, Partial, Return
 from ralmq.workers.hooks import LogitsHook
 from ralmq.workers.params import Retrieval, Task
-from stage.table import HEAD, HIDDEN, VOCAB, key_of, knn, lm, new, run, start, step
+from stage.table import HEAD, HIDDEN, VOCAB, Head, key_of, knn, lm, new, run, start, step
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 
@@ -23,6 +24,32 @@ def test_alternatives_travel_with_the_token() -> None:
         assert list(ids) == np.argsort(-p, kind="stable")[:4].tolist()
         assert np.allclose(values, np.log(p[list(ids)]), atol=1e-5)
         assert abs(part["logprob"] - math.log(p[part["token"]])) < 1e-5, "top_logprobs bring the chosen one's, too"
+
+
+@pytest.fixture(params=[math.nan, math.inf])
+def damaged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states are finite, and one logit behind position 6 is not: any token would be noise without a word."""
+    plain = Head.head
+
+    def head(self: Head, hidden: torch.Tensor, want: Any = None) -> torch.Tensor:
+        logits = plain(self, hidden, want)
+        given = hidden if want is None else hidden[torch.tensor(want)]
+        logits[(given == HIDDEN[6]).all(1), 5] = request.param
+        return logits
+
+    monkeypatch.setattr(Head, "head", head)
+
+
+@pytest.mark.usefixtures("damaged")
+@pytest.mark.parametrize("task", [{}, {"temperature": 1.0}, {"logprobs": True}, {"top_logprobs": 2}, {"mode": "score"}])
+def test_logits_that_are_not_finite_end_their_own_request(task: dict[str, Any]) -> None:
+    last = new()
+    sick, sound = start(last, 1, 8 if "mode" in task else 7, max_tokens=5, **task), start(last, 2, 3, max_tokens=5)
+    outcome = step(last, (sick, 0, 7), (sound, 0, 3))
+    ends = {key: message for message, key, _ in outcome.sent}
+    assert isinstance(ends[sick], Error) and "its logits are not finite" in ends[sick].message
+    assert isinstance(ends[sound], Partial) and ends[sound].body["token"] == lm(3).argmax()
+    assert min(outcome.returns, key=lambda row: row.id) == Return(*sick, -1, True) and len(last) == 1
 
 
 def reference(task: dict[str, Any], prompt: int, limit: int) -> list[int]:

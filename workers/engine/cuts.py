@@ -50,8 +50,8 @@ def parts_of(checkpoint: Headers, config: ModelConfig) -> Parts:
         if name.startswith(before) and dot and number_text.isdecimal() and int(number_text) < config.layers:
             layers[int(number_text)].append(name)
     first = (prefix + names.embedding, *([prefix + names.positions] if names.positions else []))
-    last = [f"{prefix}{names.final_norm}.", prefix + names.embedding if config.tied else HEAD]
-    last += [HEAD] if config.crossed else []  # where there is one, it is used whatever the config says
+    tied = config.tied and HEAD not in everything  # a head that is there is used whatever the config says
+    last = [f"{prefix}{names.final_norm}.", prefix + names.embedding if tied else HEAD]
 
     def beginning(starts: tuple[str, ...]) -> list[str]:
         return [name for name in everything if name.startswith(starts)]

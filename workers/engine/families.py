@@ -56,10 +56,15 @@ class Loader:
         name = self.prefix + self.names.positions
         return self.tensor(name, before + self.config.context, self.config.hidden)[before:]
 
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding: one that a checkpoint holds is used whatever the config says."""
+        return self.config.tied and HEAD not in self.checkpoint
+
     def head(self) -> Linear:
         """[vocab, hidden]; of a tied model it is read from the embedding."""
         head = self._empty(self.config.vocab, self.config.hidden)
-        name = self.prefix + self.names.embedding if self.config.tied else HEAD
+        name = self.prefix + self.names.embedding if self.tied else HEAD
         self._fill(head, name, self.config.vocab, self.config.hidden)
         return self._counted(head.finished())
 

@@ -15,6 +15,7 @@ from .config import read_config, read_json
 from .errors import CheckpointError
 
 FINGERPRINT_FILE = "ralmq_fingerprint"
+WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER = 100 << 20  # bytes; the bound that the safetensors library sets
 SLAB = 4 << 20  # bytes read at a time where a tensor is read in pieces
@@ -40,6 +41,7 @@ class Entry:
 class Headers:
     """Where the tensors of a model directory lie: one *.safetensors file, or several with model.safetensors.index.json.
 
+    As for transformers a file called model.safetensors is the whole model, whatever lies beside it.
     Opening a sharded checkpoint reads the index alone; a shard that is not there is an error only when it is needed.
     """
 
@@ -53,7 +55,9 @@ class Headers:
             raise CheckpointError(
                 f"{self.path}: no such directory; give a Hugging Face model directory (config.json, *.safetensors)"
             )
-        index = self.path / INDEX_FILE
+        whole, index = self.path / WEIGHTS_FILE, self.path / INDEX_FILE
+        if whole.exists():
+            return dict.fromkeys(self._header(whole), whole)
         if index.exists():
             weights = read_json(index).get("weight_map")
             if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):

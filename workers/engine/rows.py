@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from .logits import History
 from .sample import Floats, Ids, Logits, SamplingParams, choose, probabilities
 
+NO_LOGITS = "its logits are not finite: the head's weights may be damaged, or the dtype too narrow"
 AT_ONCE = 64  # rows whose logits are copied together: a copy of all of a long text is large
 
 
@@ -21,13 +22,18 @@ def sample_rows(
 
     Log-probabilities are of the logits as they came. `histories`, one a row where given, bring bias, minimum length and
     penalties. Greedy rows need no softmax and give what `choose` gives.
+
+    Raises:
+        ValueError: the largest logit of a row is no number, or not finite.
     """
+    tokens = logits.argmax(axis=1)
+    if not np.isfinite(logits[np.arange(len(tokens)), tokens]).all():  # argmax finds a NaN, too
+        raise ValueError(NO_LOGITS)
     adjusted: dict[int, Logits | Floats] = {}
     for i, history in enumerate(histories):
         row = logits[i]  # one view: `adjusted` gives back what it was given where there is nothing to do
         if (changed := history.adjusted(row)) is not row:
             adjusted[i] = changed
-    tokens = logits.argmax(axis=1)
     for i, row in adjusted.items():
         tokens[i] = row.argmax()
     drawn = [i for i, row in enumerate(params) if row.temperature > 0.0]

@@ -217,15 +217,19 @@ class Skeleton:
             wanted = (before and module in self._before) or (behind and module in self._behind) or not known
             if module in self._inside or not wanted:
                 continue
-            self._load(module, names[embedding] if module is head and self._config.tied else name)
+            self._load(module, name, names[embedding] if module is head and self._config.tied else "")
         for _, _, parameter in self._parameters(self._model):
             parameter.requires_grad_(False)
         self._shared.clear()
 
-    def _load(self, module: nn.Module, at: str) -> None:
+    def _load(self, module: nn.Module, at: str, tied: str = "") -> None:
+        """Its own tensors; the weight is that of the module `tied` where the checkpoint has none under its own name."""
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
-                tensor = self._read(f"{at}.{name}", tuple(parameter.shape), self._dtype)
+                stored = f"{at}.{name}"
+                if tied and name == "weight" and stored not in self._layout:
+                    stored = f"{tied}.weight"
+                tensor = self._read(stored, tuple(parameter.shape), self._dtype)
                 module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         for name, buffer in list(module._buffers.items()):
             full = f"{at}.{name}"

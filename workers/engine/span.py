@@ -146,7 +146,7 @@ class Span:
 
     def _read_ends(self, loader: Loader) -> Iterator[None]:
         """Embedding and head, where they are of this span; one turn for each."""
-        if self.is_first and self.is_last and self.config.tied:
+        if self.is_first and self.is_last and loader.tied:
             self.embedding, self.output = loader.tied_ends()
         if self.is_first:
             self.embedding = self.embedding or loader.embedding()

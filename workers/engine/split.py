@@ -8,9 +8,8 @@ from pathlib import Path
 from .config import read_config
 from .cuts import even_cuts, span_tensors
 from .errors import CheckpointError
-from .headers import FINGERPRINT_FILE, Headers
+from .headers import FINGERPRINT_FILE, WEIGHTS_FILE, Headers
 
-WEIGHTS_FILE = "model.safetensors"
 COPIED = (  # what is in a model directory beside weights, and small
     "config.json",
     "generation_config.json",

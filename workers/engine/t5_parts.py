@@ -10,7 +10,6 @@ from .blocks import Attention, Block, Map
 from .families import Loader
 from .kv import KVCache
 from .linear import Linear
-from .names import HEAD
 from .step import Step
 from .t5 import T5Config
 
@@ -109,14 +108,3 @@ class T5Loader(Loader):
             cross_norm=self._norm(f"{at}layer_norm"),
             cross=cross,
         )
-
-    def head(self) -> Linear:
-        """[vocab, hidden]: a matrix of its own where the checkpoint has one, else the embedding."""
-        if HEAD not in self.checkpoint:
-            return super().head()
-        head = self._empty(self.config.vocab, self.config.hidden)
-        self._fill(head, HEAD, self.config.vocab, self.config.hidden)
-        return self._counted(head.finished())
-
-    def tied_ends(self) -> tuple[Map, Linear]:
-        return (self.embedding(), self.head()) if HEAD in self.checkpoint else super().tied_ends()

@@ -83,23 +83,33 @@ class Stops:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
+        self._free = 0  # characters at the beginning of what is held within which none ends
         self.found = False
 
-    def push(self, text: str) -> str:
-        """The text that may be given away now; after a stop string, `found`, nothing more comes."""
+    def push(self, text: str, free: bool = False) -> str:
+        """The text that may be given away now; after a stop string, `found`, nothing more comes.
+
+        One that ends within a `free` text counts for nothing; it may begin there.
+        """
         if self.found:
             return ""
         self._held += text
-        places = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if free:
+            self._free = len(self._held)
+        places = [(place + len(stop), place) for stop in self._stops if (place := self._place(stop)) >= 0]
         self.found = bool(places)
         end = min(places)[1] if places else len(self._held) - max(map(self._beginning, self._stops), default=0)
         given, self._held = self._held[:end], "" if self.found else self._held[end:]
+        self._free = max(0, self._free - end)
         return given
 
     def flush(self) -> str:
         """What was held back, once it is certain that no stop string follows."""
         given, self._held = self._held, ""
         return given
+
+    def _place(self, stop: str) -> int:
+        return self._held.find(stop, max(0, self._free - len(stop) + 1))
 
     def _beginning(self, stop: str) -> int:
         """How many characters at the end of what is held may begin this stop string."""
@@ -112,7 +122,7 @@ class Stops:
 class Text:
     """The text of one generation as it grows; empty without a tokenizer.
 
-    Stop strings count behind the first `min_tokens` tokens alone.
+    No stop string that is complete within the first `min_tokens` tokens counts.
 
     Raises:
         Refused: stop strings, and no tokenizer to find them with.
@@ -136,11 +146,8 @@ class Text:
         """What may be given away once this token is known."""
         if self._detokenizer is None:
             return ""
-        text = self._detokenizer.push(token)
-        if self._free:
-            self._free -= 1
-            return text
-        return self._stops.push(text)
+        free, self._free = self._free > 0, max(0, self._free - 1)
+        return self._stops.push(self._detokenizer.push(token), free)
 
     def flush(self) -> str:
         """What was held back; it, too, ends at a stop string."""

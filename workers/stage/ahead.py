@@ -6,6 +6,7 @@ come to the host in one copy, together with which rows are not finite: the one t
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,11 @@ def ahead(span: Span, rows: tuple[Row, ...], hidden: torch.Tensor, sequences: Ma
     made = draw(logits, params, [sequence.told(sequence.total) for sequence, _ in found])
     host = fetch(torch.cat((upto, made.flatten())))
     values = host[len(rows) :].view(-1, 2).tolist()
-    drawn = {sequence.key: (int(token), log_p) for (sequence, _), (token, log_p) in zip(found, values, strict=True)}
+    drawn = {
+        sequence.key: (int(token), log_p)
+        for (sequence, _), (token, log_p) in zip(found, values, strict=True)
+        if isfinite(log_p)  # the host says what is wrong with the others
+    }
     return Ahead(_rows(host[: len(rows)]), drawn)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ...schema.errors import RalmqError, WorkerFailed
 from ...schema.message import Error, Final, Partial, Return, Row
-from ..engine.rows import log_probs_of, sample_rows, top_log_probs
+from ..engine.rows import NO_LOGITS, log_probs_of, sample_rows, top_log_probs
 from ..engine.span import Span
 from ..hooks import Hooks, LogitsHook, apply
 from ..params import Retrieval
@@ -319,7 +319,11 @@ class Last:
             part = slice(first - position, after - position)
             logits = self._span.head(hidden[part]).cpu().numpy()
             tensors: list[Array] = [entered[part].float().cpu().numpy()] if sequence.task.states else []
-            tensors.append(log_probs_of(logits, targets[first:after]))
+            with np.errstate(invalid="ignore"):
+                tensors.append(log_probs_of(logits, targets[first:after]))
+            if not np.isfinite(tensors[-1]).all():
+                self._failed(sequence, WorkerFailed(f"the prompt cannot be scored: {NO_LOGITS}"), outcome)
+                return
             if sequence.task.top_logprobs:
                 tensors += top_log_probs(logits, sequence.task.top_logprobs)
             body = {"position": first, "count": after - first, **self._info}

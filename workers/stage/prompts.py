@@ -31,16 +31,19 @@ def prompt_of(request: Request, task: Task, loaded: Loaded) -> list[int]:
     if int(ids.min()) < 0 or int(ids.max()) >= config.vocab:
         raise Refused(f"the prompt has ids outside 0..{config.vocab - 1}: use the tokenizer of this model")
     room = config.context if task.mode == "score" else config.context - 1
-    if len(ids) - (task.mode == "score") > room:
-        raise Refused(f"the prompt has {len(ids)} tokens, the model's context holds {config.context}: shorten it")
+    if (over := len(ids) - (task.mode == "score") - room) > 0:  # a new token needs room, too
+        raise Refused(
+            f"the prompt has {len(ids)} tokens, the model's context holds {config.context}: "
+            f"shorten it by at least {over}"
+        )
     if task.prompt is not None and task.prompt > len(ids):
         raise Refused(f"prompt={task.prompt} is more than the {len(ids)} tokens that came")
     if task.context >= (task.prompt or len(ids)):
         raise Refused(f"context={task.context} leaves nothing of the prompt's {task.prompt or len(ids)} tokens")
     if any(not 0 <= token < config.vocab for token in task.stop_ids):
-        raise Refused(f"stop_ids has ids outside 0..{config.vocab - 1}")
+        raise Refused(f"stop_ids has ids outside 0..{config.vocab - 1}: use those of this model's tokenizer")
     if any(not 0 <= token < config.vocab for token, _ in task.logit_bias):
-        raise Refused(f"logit_bias has ids outside 0..{config.vocab - 1}")
+        raise Refused(f"logit_bias has ids outside 0..{config.vocab - 1}: use those of this model's tokenizer")
     return [int(token) for token in np.asarray(ids)]
 
 

@@ -313,7 +313,7 @@ class Stage(Worker):
                 self._rank_lost(str(error))
             except Exception as error:  # the pipeline's rows are not what the leader takes them for: begin anew
                 log.exception("a stage cannot go on")
-                self.host.link.renew(f"{type(error).__name__}: {error}")
+                self.host.link.renew(f"{type(error).__name__}, see above")  # its words may be a request's
 
         def told(future: Future[Any]) -> None:  # in the compute thread; straight to `ended`: a hop waits for it
             with contextlib.suppress(RuntimeError):  # the loop is closed
