@@ -166,8 +166,11 @@ def test_who_says_that_all_of_it_is_sent_again_takes_nobodys_place_in_the_queue(
         assert broker.ask("greedy", "echo", f"g{n}", attempt=1) == []
     assert [codes(broker.ask("modest", "echo", f"m{n}")) for n in range(32)] == [[]] * 31 + [["busy"]]
     assert codes(broker.ask("greedy", "echo", "new")) == ["busy"], "its own count for it"
-    assert codes(broker.ask("modest", "echo", "again", attempt=1)) == [], "the queue is full of others"
-    broker.say("modest", Cancel(), "again", attempt=1)
+    broker.hello("third")
+    assert [codes(broker.ask("third", "echo", f"t{n}")) for n in range(2)] == [[], ["busy"]]
+    assert codes(broker.ask("third", "echo", "again", attempt=1)) == [], "the queue is full of others"
+    broker.say("third", Cancel(), "again", attempt=1)
+    broker.say("third", Cancel(), "t0")
     for n in range(100):
         broker.say("greedy", Cancel(), f"g{n}", attempt=1)
     assert served(broker, 3) == ["m0", "m1", "m2"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import ralmq
-from ralmq.cli import keys as command
+from ralmq.cli import keys as changing
 from ralmq.cli import serve
 from ralmq.errors import Refused
 from ralmq.schema.keys import broker_key, key_for, read_entries
@@ -81,8 +81,8 @@ def test_bad_input_is_refused_in_one_line(keys: Path, tmp_path: Path, arguments:
 def test_commands_at_the_same_time_undo_nothing(keys: Path) -> None:
     names = [f"peer{number}" for number in range(12)]
     with ThreadPoolExecutor(len(names) + 1) as pool:
-        done = [pool.submit(command.add, name, "client", None, keys) for name in names]
-        done.append(pool.submit(command.revoke, "client", keys))
+        done = [pool.submit(changing.add, name, "client", None, keys) for name in names]
+        done.append(pool.submit(changing.revoke, "client", keys))
     assert not [each.exception() for each in done if each.exception()]
     assert {entry.name for entry in read_entries(keys) if not entry.revoked} == {"worker", "admin", *names}
     assert {path.stem for path in keys.glob("peer*.key")} == set(names)
