@@ -23,6 +23,7 @@ from .straight import ENDED, Straight
 
 DEADLINE: Final = 300.0  # seconds for any one wait
 OPENING: Final = 30.0  # seconds for a session
+MOMENT: Final = 3e-4  # seconds that a call waits for one that may follow it
 _homes: dict[str, "Home"] = {}
 _lock: Final = threading.RLock()
 _default: list[str] = []
@@ -45,7 +46,7 @@ class Home:
         self.closed = False
         self._peers: dict[str, Peer] = {}
         self._lock = threading.Lock()
-        self._todo: deque[Callable[[], None]] = deque()
+        self._todo: deque[tuple[Peer, Callable[[], None]]] = deque()
         self._scheduled = False
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="ralmq-remote", daemon=True)
@@ -76,16 +77,35 @@ class Home:
                 self._peers[worker] = found
             return found
 
-    def soon(self, action: Callable[[], None]) -> None:
-        """Runs `action` in the loop, after what was handed over before; wakes the loop once for many."""
-        self._todo.append(action)
-        if not self._scheduled:
-            self._scheduled = True
-            try:
+    def soon(self, peer: Peer, action: Callable[[], None]) -> None:
+        """Runs `action`, which sends to a peer, after what was handed over before.
+
+        A call to a worker that has nothing to do waits a moment for the next one, which mostly asks for its result, and
+        both leave in one message. A worker that has something to do gets what follows from the loop, which is woken
+        once for many and sends them together.
+        """
+        waiting, busy = bool(self._todo), peer.under_way
+        if waiting and busy == 0 and self.now((peer, action)):
+            return
+        self._todo.append((peer, action))
+        try:
+            if busy == 0 and not waiting:
+                self.loop.call_soon_threadsafe(self.loop.call_later, MOMENT, self._drain)
+            elif not self._scheduled:
+                self._scheduled = True
                 # a turn later: more may follow at once
                 self.loop.call_soon_threadsafe(self.loop.call_soon, self._drain)
-            except RuntimeError:
-                raise ConnectionClosed(CLOSED) from None
+        except RuntimeError:
+            raise ConnectionClosed(CLOSED) from None
+
+    def now(self, *more: tuple[Peer, Callable[[], None]]) -> bool:
+        """Sends what was handed over, and this, in this thread; False, and nothing is sent, where it takes the loop."""
+        with self.straight.together():
+            if any(peer.under_way is None for peer, _ in (*self._todo, *more)):
+                return False
+            self._todo.extend(more)
+            self._send()
+            return True
 
     def run(self, coroutine: Any, within: float) -> Any:
         """A coroutine's result, from another thread.
@@ -125,8 +145,11 @@ class Home:
     def _drain(self) -> None:
         self._scheduled = False
         with self.straight.together():
-            while self._todo:
-                self._todo.popleft()()
+            self._send()
+
+    def _send(self) -> None:
+        while self._todo:
+            self._todo.popleft()[1]()
 
     async def _open(self, wait: float, keys: Any) -> None:
         client = connected(self.url, wait=wait, name="caller", keys=keys)

@@ -25,6 +25,7 @@ FREE: Final = 0.25  # seconds after which handles are freed where no call goes t
 RETURN: Final = 3.0  # seconds that a worker has to come back to a broker that was lost
 FREED: Final = 16_384  # handles that are freed with one call
 UNDER_WAY: Final = 512  # calls through the broker at a time
+LARGE: Final = 1 << 16  # bytes of a tensor that is sent from where it lies, where that can be at once
 LOOK: Final = 5.0  # seconds in which the broker says who is there
 MOST: Final = 10  # of those that an error names
 SERVICE: Final = "module:"
@@ -77,6 +78,7 @@ class Pending:
             DeadlineExceeded: it has not ended in time.
         """
         seconds = self.peer.home.deadline if within is None else within
+        self.leave()
         try:
             answer = self.future.result(seconds)
         except Late:
@@ -87,8 +89,13 @@ class Pending:
             raise raised(answer[0]["error"])  # each time a new one: it keeps the frames that it goes through alive
         return answer
 
+    def leave(self) -> "Pending":
+        """Sends it now, if it has not left: somebody waits for it."""
+        if not self.future.done():
+            self.peer.home.now()
+        return self
+
     def end(self, outcome: Answer | Exception) -> None:
-        """In the event loop."""
         for handle in self.keeps:
             handle.peer.reads.discard(self)
         self.keeps = ()
@@ -115,8 +122,12 @@ class Caller(Protocol):
     client: Client
     straight: Straight
 
-    def soon(self, action: Callable[[], None]) -> None:
-        """Runs `action` in the loop, after what was handed over before."""
+    def soon(self, peer: "Peer", action: Callable[[], None]) -> None:
+        """Runs `action`, which sends to that peer, after what was handed over before."""
+        ...
+
+    def now(self, *more: "tuple[Peer, Callable[[], None]]") -> bool:
+        """Sends what was handed over, and this, in this thread; False, and nothing is sent, where it cannot."""
         ...
 
     def peer(self, worker: str) -> "Peer":
@@ -161,12 +172,19 @@ class Peer:
         return next(self._numbers)
 
     def ask(
-        self, verb: str, fields: dict[str, Any], tensors: Sequence[Any] = (), keeps: Iterable[Handle] = ()
+        self,
+        verb: str,
+        fields: dict[str, Any],
+        tensors: Sequence[Any] = (),
+        keeps: Iterable[Handle] = (),
+        *,
+        lent: bool = False,
     ) -> Pending:
         """Sends a call after those before it; returns at once.
 
         Args:
             keeps: handles among its arguments that must live until it has ended, as those of other workers.
+            lent: large tensors may change once this has returned, and are copied where they cannot be sent until then.
 
         Raises:
             WorkerLost: the worker is gone.
@@ -180,8 +198,22 @@ class Peer:
             self._calls += 1
             body = {**fields, "v": verb, "c": self.session, "n": self._calls}
             self._take_freed(body)
-            self.home.soon(lambda: self._send(body, tensors, pending))
+            given = list(tensors)
+
+            def send() -> None:
+                self._send(body, given, pending)
+
+            if lent and any(map(_large, given)):
+                if self.home.now((self, send)):
+                    return pending
+                given = list(map(_copied, given))
+            self.home.soon(self, send)
         return pending
+
+    @property
+    def under_way(self) -> int | None:
+        """Calls that have left and are not answered; None where none leaves but from the event loop."""
+        return len(self._pending) if self._direct and self.home.straight.open(self.near) else None
 
     def quiet(self, *, grads: bool = False) -> None:
         """Returns once nobody reads what lies here, or what lies here of gradients: it is about to change."""
@@ -275,7 +307,7 @@ class Peer:
             try:
                 self.home.straight.ask(self.near, body, tensors, lambda end: self._straight(body, pending, end))
             except Malformed as error:
-                self._failed(body, pending, error)
+                self.home.loop.call_soon_threadsafe(self._failed, body, pending, error)
             except RalmqError as error:  # its door is none
                 self._ended(pending, error)
         else:
@@ -296,7 +328,9 @@ class Peer:
             self.lose(WorkerLost(f"a call to {self.name} is lost, for which others wait: copy its modules again"))
             return
         kept = ("c", "n", "out", "wants", "free", "forget")
-        self._send({**{key: body[key] for key in kept if key in body}, "v": "fail", "said": told(error)}, (), pending)
+        place = {key: body[key] for key in kept if key in body}
+        with self.home.straight.together():
+            self._send({**place, "v": "fail", "said": told(error)}, (), pending)
 
     async def _brokered(self, body: dict[str, Any], tensors: Sequence[Any], pending: Pending) -> None:
         assert self._room is not None
@@ -341,3 +375,11 @@ class Peer:
             if self.freed or self.forgotten:
                 with contextlib.suppress(RalmqError):
                     self.ask("free", {})
+
+
+def _large(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.nbytes >= LARGE
+
+
+def _copied(tensor: Any) -> Any:
+    return Tensor(tensor.dtype, tensor.shape, bytes(tensor.buffer)) if _large(tensor) else tensor

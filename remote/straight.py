@@ -7,6 +7,7 @@ message; large tensors go through shared memory, see workers/direct.
 import asyncio
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Item:
 
 
 class Straight:
-    """One process's door, and its lanes to others.
+    """One process's door, and its lanes to others. In the event loop, but for what `together` covers.
 
     Args:
         serve: called with body, tensors and what to call with the answer, for each request that comes.
@@ -69,6 +70,7 @@ class Straight:
         self._unmet: dict[str, asyncio.TimerHandle] = {}  # lanes whose doors have not answered yet
         self._waiting: dict[str, list[Item]] = {}  # what leaves at the end of this turn
         self._asked: dict[int, tuple[str, Done]] = {}
+        self._turn = threading.RLock()
         self._holding = False
         self._numbers = itertools.count(1)
         self.near = self._door.direct.near
@@ -80,40 +82,47 @@ class Straight:
         Raises:
             Refused: no door's address.
         """
-        number = next(self._numbers)
+        item = Item(ASKED, next(self._numbers), body, list(map(tensor_of, tensors)))
         self._lane(near)
-        self._asked[number] = (near, done)
-        self._put(near, Item(ASKED, number, body, list(map(tensor_of, tensors))))
+        self._asked[item.number] = (near, done)
+        self._put(near, item)
+
+    def open(self, near: str) -> bool:
+        """Whether there is a lane to that door: within `together`, `ask` may then be called in any thread."""
+        return near in self._lanes and near not in self._unmet
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What goes to one door within leaves in one message at the end, without another turn of the loop."""
-        self._holding = True
-        try:
-            yield
-        finally:
-            self._holding = False
-            for near in list(self._waiting):
-                self._flush(near)
+        """What goes to one door within leaves in one message at the end, without another turn of the loop; one thread
+        at a time is here."""
+        with self._turn:
+            self._holding = True
+            try:
+                yield
+            finally:
+                self._holding = False
+                for near in list(self._waiting):
+                    self._flush(near)
 
     def forget(self, near: str, error: RalmqError) -> None:
         """Ends what that door was asked, and the lane to it."""
-        lane = self._lanes.pop(near, None)
-        self._waiting.pop(near, None)
+        with self._turn:
+            lane = self._lanes.pop(near, None)
+            self._waiting.pop(near, None)
+            asked = [self._asked.pop(number)[1] for number, (where, _) in list(self._asked.items()) if where == near]
         self._met(near)
         if lane is not None:
             self._loop.call_soon(lane.close)  # it may be the one that is calling
-        for number, (where, done) in list(self._asked.items()):
-            if where == near:
-                del self._asked[number]
-                done(error)
+        for done in asked:
+            done(error)
 
     def close(self) -> None:
-        for near in list(self._lanes):
-            self._lanes.pop(near).close()
-            self._met(near)
-        self._waiting.clear()
-        self._asked.clear()
+        with self._turn:
+            for near in list(self._lanes):
+                self._lanes.pop(near).close()
+                self._met(near)
+            self._waiting.clear()
+            self._asked.clear()
         self._door.close()
 
     # -- inside
@@ -173,7 +182,8 @@ class Straight:
 
     def _unsent(self, near: str, item: Item, error: Malformed) -> None:
         if item.kind == ASKED:
-            self._asked.pop(item.number, ("", _nothing))[1](Unsent(error.message))
+            done = self._asked.pop(item.number, ("", _nothing))[1]
+            self._loop.call_soon_threadsafe(done, Unsent(error.message))
         else:
             text = f"the answer cannot travel: {error.message}"
             self._send(near, [Item(FAILED, item.number, {"code": WorkerFailed.code, "text": text[:1000]}, [])])

@@ -13,7 +13,7 @@ from . import graph
 from .graph import LOCAL, Record, Slot
 from .home import home
 from .operators import IN_PLACE, METHODS, OPERATORS, SET, SEVERAL, VALUES, name_of
-from .peer import Handle, Peer, Pending
+from .peer import LARGE, Handle, Peer, Pending
 from .values import DTYPES, Ref, opened, pack
 
 ARITHMETIC: Final = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
@@ -51,10 +51,10 @@ def launch(peer: Peer, verb: str, fields: dict[str, Any], args: Any, *, trainabl
             tokens.append(value)
         return None
 
-    packed = pack(args, tensors, other, copy=True)
+    packed = pack(args, tensors, other, copy=LARGE)
     grad = recording and bool(trainable or tokens) and fields.get("op") not in NO_GRAD
     handle = peer.handle()
-    pending = peer.ask(verb, {**fields, "a": packed, "out": handle.number, "grad": grad}, tensors, keeps)
+    pending = peer.ask(verb, {**fields, "a": packed, "out": handle.number, "grad": grad}, tensors, keeps, lent=True)
     slot = Slot()
     if not grad:
         return RemoteTensor(handle, pending, slot, None)
@@ -240,7 +240,7 @@ class RemoteTensor:
             deadline: seconds; the connection's where not given.
         """
         self.check()
-        pending = self._fetching()
+        pending = self._fetching().leave()
         seconds = self.handle.peer.home.deadline if deadline is None else deadline
         await asyncio.wait([asyncio.wrap_future(pending.future)], timeout=seconds)
         if not pending.future.done():

@@ -36,13 +36,13 @@ class Ref(NamedTuple):
 
 
 def pack(
-    value: Any, tensors: list[Any], other: Callable[[Any], Ref | None] = lambda value: None, *, copy: bool = False
+    value: Any, tensors: list[Any], other: Callable[[Any], Ref | None] = lambda value: None, *, copy: int = 0
 ) -> Packed:
     """A value as msgpack holds it; tensors in it are appended to `tensors`.
 
     Args:
         other: gives the handle that an object stands for, or None.
-        copy: the tensors may change before they are sent.
+        copy: tensors of fewer bytes may change before they are sent.
 
     Raises:
         TypeError: something that does not travel.
@@ -55,7 +55,7 @@ def pack(
         return ["h", *ref]
     if isinstance(value, torch.Tensor | np.ndarray):
         grad = isinstance(value, torch.Tensor) and value.requires_grad
-        if copy:
+        if value.nbytes < copy:
             value = value.detach().clone() if isinstance(value, torch.Tensor) else value.copy()
         tensors.append(tensor_of(value))
         return ["x", len(tensors) - 1, grad]

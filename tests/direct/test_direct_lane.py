@@ -158,6 +158,29 @@ async def test_what_the_socket_does_not_take_at_once_leaves_later() -> None:
         other.close()
 
 
+async def test_threads_send_whole_messages_each_in_its_order_and_may_change_them_at_once() -> None:
+    ours, theirs = socket.socketpair()
+    stream = Stream(ours, lambda frames: None, lambda: None)
+    came: list[list[bytes]] = []
+    other = Stream(theirs, lambda frames: came.append([bytes(frame) for frame in frames]), lambda: None)
+
+    def send(thread: int) -> None:
+        own = bytearray(100_000)
+        for number in range(40):
+            own[:] = bytes([number]) * len(own)
+            stream.send([b"%d" % thread, own])
+            own[:] = b"x" * len(own)
+
+    try:
+        await asyncio.gather(*[asyncio.to_thread(send, thread) for thread in range(4)])
+        await until(lambda: len(came) == 160)
+        for thread in range(4):
+            assert [body for name, body in came if name == b"%d" % thread] == [bytes([n]) * 100_000 for n in range(40)]
+    finally:
+        stream.close()
+        other.close()
+
+
 async def test_what_was_sent_before_an_end_is_heard_though_nothing_can_be_sent_there() -> None:
     ours, theirs = socket.socketpair()
     came: list[Any] = []

@@ -219,6 +219,35 @@ def test_all_of_it_through_the_broker(served: Served, monkeypatch: pytest.Monkey
         home.close()
 
 
+@pytest.mark.parametrize("brokered", [False, True])
+@pytest.mark.parametrize("size", [16, 1 << 20])
+def test_a_tensor_may_change_once_its_call_has_returned(
+    served: Served, monkeypatch: pytest.MonkeyPatch, size: int, brokered: bool
+) -> None:
+    home = through_the_broker(served.url) if brokered else served.home
+    try:
+        if brokered:
+            monkeypatch.setattr("ralmq.remote.proxy.home", lambda url: home)
+        echo = ralmq.remote("nn.Identity", "one")
+        found, x = [], torch.empty(size)
+        for number in range(12):
+            x.fill_(number)
+            found.append(echo(x))
+            x.fill_(-1)
+        assert [bool((y.to_here() == number).all()) for number, y in enumerate(found)] == [True] * 12
+    finally:
+        if brokered:
+            home.close()
+
+
+def test_a_call_that_nothing_follows_leaves_all_the_same(served: Served) -> None:
+    """It waits for a moment for the next one, and for no longer."""
+    echo = ralmq.remote("nn.Identity", "one")
+    until(lambda: not served.home.peer("one")._pending, "calls before it end")
+    y = echo(torch.ones(3))
+    until(y.made.future.done, "it ends")
+
+
 def test_more_than_a_message_is_an_error_and_no_hang(served: Served) -> None:
     x = to_worker(torch.zeros(1), "one")
     large = x.expand(80_000_000).clone()

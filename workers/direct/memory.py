@@ -49,7 +49,10 @@ class _Slot:
 
 
 class Slots:
-    """The sender's side: memory that frames are copied into, free again when the reader says so."""
+    """The sender's side: memory that frames are copied into, free again when the reader says so.
+
+    One thread places frames at a time; `freed` may be called in another meanwhile.
+    """
 
     def __init__(self) -> None:
         self._slots: list[_Slot] = []
@@ -78,8 +81,9 @@ class Slots:
         """The reader does not need a slot any more."""
         if len(message) == _FREED.size:
             serial = _FREED.unpack(message)[0]
-            for slot in self._slots:
-                slot.busy = slot.busy and slot.serial != serial
+            for slot in list(self._slots):
+                if slot.serial == serial:
+                    slot.busy = False
 
     def close(self) -> None:
         """Readers keep what they have mapped."""

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import struct
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
@@ -27,7 +28,7 @@ _HEADS: Final = [struct.Struct(f"<{1 + count}I") for count in range(MAX_FRAMES +
 
 
 class Stream:
-    """One connection. Frames keep their order.
+    """One connection. Frames keep their order. `send` may be called in any thread, all else in the event loop.
 
     Args:
         take: called with the frames (read-only memoryviews) of each message, within the event loop.
@@ -41,6 +42,7 @@ class Stream:
         self._take = take
         self._ended = ended
         self._closed = False
+        self._sending = threading.Lock()
         self._out: deque[memoryview] = deque()  # what the socket has not taken yet
         self._in: deque[list[Any]] = deque()  # messages that have come and are not taken yet
         self._read = bytearray(CHUNK)
@@ -50,60 +52,64 @@ class Stream:
         self._loop.add_reader(connected.fileno(), self._readable)
 
     def send(self, frames: list[Any]) -> None:
-        """Sends, or keeps in order until the socket takes it: large frames must not change before that."""
-        if self._closed:
-            return
+        """Sends; what the socket does not take at once is copied, and leaves in its order."""
         views = [memoryview(frame).cast("B") for frame in frames]
         parts = [memoryview(_HEADS[len(views)].pack(len(views), *map(len, views))), *views]
-        if self._out:
-            self._out += parts
-            return
-        sent = self._put(parts)
-        if sent is None:
-            return
-        for part in parts:
-            if sent >= len(part):
-                sent -= len(part)
-            else:
-                self._out.append(part[sent:])
-                sent = 0
-        if self._out:
-            self._loop.add_writer(self._socket.fileno(), self._writable)
+        with self._sending:
+            if self._closed:
+                return
+            if self._out:
+                self._out += map(_copied, parts)
+                return
+            sent = self._put(parts)
+            for part in parts:
+                if sent >= len(part):
+                    sent -= len(part)
+                else:
+                    self._out.append(_copied(part[sent:]))
+                    sent = 0
+            if self._out:
+                self._loop.call_soon_threadsafe(self._write)
 
     def close(self) -> None:
         """What has not left yet is dropped."""
-        if not self._closed:
+        with self._sending:
+            if self._closed:
+                return
             self._closed = True
             self._loop.remove_reader(self._socket.fileno())
             self._loop.remove_writer(self._socket.fileno())
             self._socket.close()
             self._out.clear()
-            self._in.clear()
+        self._in.clear()
 
     # -- inside
 
-    def _put(self, parts: list[memoryview]) -> int | None:
-        """How many bytes the socket took; None where the other side is gone."""
+    def _put(self, parts: list[memoryview]) -> int:
+        """How many bytes the socket took; all, where the other side is gone and nobody will have them."""
         try:
             return self._socket.sendmsg(parts)
         except BlockingIOError:
             return 0
         except (BrokenPipeError, ConnectionResetError):  # what it sent before it ended is read first; its end is behind
-            return sum(map(len, parts))
+            pass
         except OSError:
-            self._end()
-            return None
+            self._loop.call_soon_threadsafe(self._end)
+        return sum(map(len, parts))
+
+    def _write(self) -> None:
+        if not self._closed:
+            self._loop.add_writer(self._socket.fileno(), self._writable)
 
     def _writable(self) -> None:
-        while self._out:
-            sent = self._put([self._out[0]])
-            if sent is None:
-                return
-            if sent < len(self._out[0]):
-                self._out[0] = self._out[0][sent:]
-                return
-            self._out.popleft()
-        self._loop.remove_writer(self._socket.fileno())
+        with self._sending:
+            while self._out:
+                sent = self._put([self._out[0]])
+                if sent < len(self._out[0]):
+                    self._out[0] = self._out[0][sent:]
+                    return
+                self._out.popleft()
+            self._loop.remove_writer(self._socket.fileno())
 
     def _readable(self) -> None:
         """Takes what has come, at most a chunk or the rest of one large message."""
@@ -169,6 +175,10 @@ class Stream:
             self.close()
             self._in.extend(waiting)  # they came before it ended
             self._loop.call_soon(self._ended)
+
+
+def _copied(part: memoryview) -> memoryview:
+    return memoryview(bytes(part))
 
 
 def _frames(message: memoryview) -> list[Any]:
