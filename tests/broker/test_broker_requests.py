@@ -180,9 +180,10 @@ def test_what_has_ended_long_ago_is_still_known_as_ended(broker: Broker) -> None
     core, now = broker.core, broker.now
     request, final = (encode(kind, epoch=broker.epoch)[0] for kind in (Request("echo"), Final()))
     for n in range(REMEMBERED):
-        identity = n.to_bytes(16, "big")
+        identity = b"an ended" + n.to_bytes(8, "big")
         core.step(now, b"client", [request[:12] + identity + request[28:]])
         core.step(now, b"w", [final[:12] + identity + final[28:]])
+    assert broker.count("accepted") == REMEMBERED + 1
     assert broker.ask("client", "echo", "old") == []
     assert broker.count("duplicates") == 1
 
