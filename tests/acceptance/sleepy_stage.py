@@ -11,8 +11,8 @@ from ralmq.workers.stage.worker import Stage
 class Sleepy(Stage):
     """Started with `ralmq worker sleepy_stage:Sleepy`, where this file lies."""
 
-    def __init__(self, *, model: Path, stage: str, name: str, ms: float = 20.0) -> None:
-        super().__init__(model=str(model), stage=stage, name=name)
+    def __init__(self, *, model: Path, stage: str, name: str, ms: float = 20.0, data_plane: str = "hub") -> None:
+        super().__init__(model=str(model), stage=stage, name=name, data_plane=data_plane)
         self._seconds = ms / 1000
 
     async def start(self) -> None:
