@@ -33,5 +33,10 @@ class Limits:
 
     @property
     def grace(self) -> float:
-        """Seconds for which a service that just left, or a broker that just started, is given time."""
+        """Seconds for which a broker that just started waits for workers to announce themselves."""
         return 3 * self.beat
+
+    @property
+    def absence(self) -> float:
+        """Seconds for which a service may be gone, as while its last worker's process is started anew and loads."""
+        return 10 * self.beat

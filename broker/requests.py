@@ -184,10 +184,10 @@ class Requests(Transitions):
     # -- from the roster and the clock
 
     def withdrawn(self, now: float, service: Service) -> None:
-        """The last offer of a service is gone: those who wait get the grace in which it may come back."""
+        """The last offer of a service is gone: those who wait get the time in which it may come back."""
         service.gone_at = now
         for record in service.records():
-            until = (record.deadline or NEVER) if record.attempt else now + self._limits.grace
+            until = (record.deadline or NEVER) if record.attempt else now + self._limits.absence
             record.wait = max(record.wait, until)
             self._remind(record)
 
@@ -291,7 +291,7 @@ class Requests(Transitions):
         service, asker, limits = record.service, record.asker, self._limits
         until = 0.0
         if not service.offers:
-            until = max(self._started + limits.grace, service.gone_at + limits.grace, record.wait)
+            until = max(self._started + limits.grace, service.gone_at + limits.absence, record.wait)
             if record.attempt:
                 until = record.deadline or NEVER
             if until <= now:
@@ -314,7 +314,7 @@ class Requests(Transitions):
         return None
 
     def _forget(self, now: float, service: Service) -> None:
-        if not service.offers and not service.waiting and now > service.gone_at + self._limits.grace:
+        if not service.offers and not service.waiting and now > service.gone_at + self._limits.absence:
             del self.services[service.name]
 
     def _abandon(self, now: float, record: Record) -> None:

@@ -198,7 +198,7 @@ def test_without_any_stage_a_model_is_an_unknown_service(broker: Broker) -> None
     broker.lost("s0")
     broker.lost("s1")
     broker.ask("client", "lm:m", "b")
-    assert [out.message.code for _, out in broker.wait(4.0)] == ["no_service"]
+    assert [out.message.code for _, out in broker.wait(11.0)] == ["no_service"]
 
 
 def test_a_pipeline_of_idempotent_stages_has_its_requests_repeated(broker: Broker) -> None:

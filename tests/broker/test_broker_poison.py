@@ -183,7 +183,7 @@ def test_a_retry_of_a_child_needs_its_parent_no_more(broker: Broker) -> None:
 
 def test_a_retry_that_nobody_can_serve_is_told_so(broker: Broker) -> None:
     poisoned(broker)
-    broker.wait(9.0)
+    broker.wait(12.0)
     assert codes(retry(broker, ident("poison").hex(), "r")) == ["no_service"]  # type: ignore[arg-type]
 
 

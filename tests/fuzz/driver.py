@@ -192,7 +192,7 @@ class Driver:
         """All leave: nothing may be left of them."""
         for peer in range(len(PEERS)):
             self.lost(peer)
-        for _ in range(4):
+        for _ in range(int(TIGHT.absence) + 1):
             self.wait(1000)
         quiescent(self.core)
         holds(not self.core.roster.peers and not self.core.roster.entries, "peers were left")

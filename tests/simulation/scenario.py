@@ -92,7 +92,7 @@ class Scenario:
         while world.now < end and not self._idle():
             world.run(world.now + 0.5)
         self._asked()
-        world.run(world.now + SMALL.grace + 2 * SMALL.beat)
+        world.run(world.now + SMALL.absence + 2 * SMALL.beat)
         world.look()
         quiescent(world.core)
         for server in self.cast.plan:
