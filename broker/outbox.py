@@ -30,7 +30,7 @@ class Outbox:
 
     def hold(self, key: bytes, frames: Frames) -> bool:
         """Keeps a message behind those already held; False, and nothing kept, where the budget is spent."""
-        size = sum(map(len, frames)) + FRAME * len(frames)
+        size = _size(frames)
         used = self._bytes.get(key, 0)
         if used and used + size > self._budget:
             return False
@@ -49,8 +49,7 @@ class Outbox:
     def sent(self, key: bytes) -> bool:
         """The first message is out; True where more is held for the peer."""
         frames = self._held[key].popleft()
-        self._bytes[key] -= sum(map(len, frames))
-        self._bytes[key] -= FRAME * len(frames)
+        self._bytes[key] -= _size(frames)
         if not self._held[key]:
             self.drop(key)
             return False
@@ -60,3 +59,7 @@ class Outbox:
         """Forgets a peer."""
         self._held.pop(key, None)
         self._bytes.pop(key, None)
+
+
+def _size(frames: Frames) -> int:
+    return sum(map(len, frames)) + FRAME * len(frames)

@@ -24,11 +24,11 @@ from .owner.optimizers import VERBS as OPTIMIZERS
 from .owner.pretrained import Pretrained
 from .owner.replicas import VERBS as REPLICAS
 from .owner.session import Pulled, Session
+from .peer import SERVICE
 from .straight import Straight
 from .values import Ref, pack
 
 GRACE: Final = 30.0  # seconds for which a caller's values outlive the broker
-SERVICE: Final = "module:"
 PULL: Final = 600.0  # seconds that another worker is given to make a value and send it
 
 
