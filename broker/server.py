@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import time
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
@@ -25,7 +26,7 @@ from .limits import Limits
 from .memory import give_back, resident, watermark
 from .outbox import Outbox
 from .records import Sent
-from .watch import Watch, cut
+from .watch import Taken, Watch, cut
 
 BATCH: Final = 64  # messages a pass, so that timers and other tasks get their turn
 TICK: Final = 0.01
@@ -36,11 +37,13 @@ READABLE: Final = int(zmq.POLLIN)
 LOOKS: Final = 2  # messages of a pass that are looked for first: finding none by an exception costs four times that
 HEARTBEAT_MS: Final = 500
 HEARTBEAT_TIMEOUT_MS: Final = 2000
-LINGER_MS: Final = 1000  # closing at once with a multipart backlog can abort the process
-HIGH_WATER: Final = 64  # messages a peer, whatever their size; what it does not take beyond that waits in the outbox
+LINGER_MS: Final = 100  # closing at once amid a message can abort the process, and so can a heartbeat after that
+HIGH_WATER: Final = 64  # messages to a peer, whatever their size; what it does not take beyond that waits in the outbox
 FLYING: Final = 64 << 20  # bytes of large messages among them
 OUT_BYTES: Final = 2 * MAX_MESSAGE  # in the outbox; a peer that takes nothing is let go beyond that
 OUT_FULL: Final = 64 << 20  # the same while the memory is full
+DIED: Final = "died or was cut off"
+DRAWN: Final = b"\0"  # how routing ids begin that the ROUTER draws: no other connection gets the same one
 LOOK: Final = 0.1  # seconds between two looks at the list of keys, and at messages that do not end
 REFUSALS: Final = {  # what the monitor tells of connections that never came to be, and how it is counted
     int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "unknown_key",
@@ -82,6 +85,9 @@ class Server:
         self._flights = Flights(FLYING)
         self._frees = not bind.startswith("inproc")  # there a frame is freed when who took it is done with it
         self._descriptors: dict[bytes, int] = {}
+        self._dry = False  # a pass since the last look has left nothing: libzmq keeps no message
+        self._taken: defaultdict[bytes, Taken] | None = None  # since then, else
+        self._ended: set[bytes] = set()  # connections of which messages may be left: nobody waits for what they say
         self._clock = time.monotonic
         self._again = False
         self._closed = False
@@ -131,7 +137,7 @@ class Server:
         socket.setsockopt(zmq.LINGER, LINGER_MS)
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-        socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
+        socket.setsockopt(zmq.RCVHWM, 0 if self._frees else HIGH_WATER)  # see `Watch`
         socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE + (1 << 20))
         if self._guard is not None:
@@ -159,6 +165,7 @@ class Server:
         drained = False
         try:
             drained = self._take(sent)
+            self._dry = self._dry or drained
         finally:  # a message that cannot be served must not hold up the others
             self._deliver(sent)
             if self._outbox:
@@ -168,7 +175,7 @@ class Server:
 
     def _take(self, sent: list[Sent]) -> bool:
         """Hands messages to the core and collects what is to be sent; True where no more have arrived."""
-        receive, step, descriptors = self._recv, self.core.step, self._descriptors
+        receive, step, descriptors, taken = self._recv, self.core.step, self._descriptors, self._taken
         now = self._clock()
         try:
             for number in range(BATCH):
@@ -181,6 +188,8 @@ class Server:
                     frame = receive(LAST, False)
                     if len(frames) <= MAX_FRAMES:  # one more than allowed shows that there were too many
                         frames.append(frame)
+                if taken is not None:
+                    taken[key].add(frames, self._guard is not None)
                 if key not in descriptors and not self._introduced(now, key, frames[0], sent):
                     continue
                 sent += step(now, key, frames)
@@ -194,6 +203,8 @@ class Server:
         A routing id that the ROUTER drew belongs to one connection, and a connection to one key, until it ends; the
         descriptor is forgotten then, so that whoever comes next under this id is asked anew.
         """
+        if key in self._ended:
+            return False
         self._deliver(sent)  # what was decided before leaves before what may follow from a loss
         sent.clear()
         self._disconnected()  # what became of the descriptor before, and that it was opened
@@ -220,12 +231,31 @@ class Server:
         self._flights.tidy()
         if self._guard is not None and self._guard.changed():
             self._revoke()
+        self._look_ahead()
         suspects, endless = self._watch.look()
         for key in [key for key, number in self._descriptors.items() if number in suspects]:
             del self._descriptors[key]  # so that its next message is seen
         for descriptor in endless:
             self.core.count("endless")
             cut(descriptor)
+
+    def _look_ahead(self) -> None:
+        """Ends the connections of those that send more than is taken of them: libzmq keeps all of it.
+
+        Who they are is counted only while the broker does not get to the end of what has arrived.
+        """
+        dry, self._dry = self._dry, False
+        if dry:
+            self._taken = None
+            self._ended.clear()
+        elif self._taken is None:
+            self._taken = defaultdict(Taken)
+            self._watch.mark()
+        else:
+            numbers = self._descriptors
+            for number in self._watch.ahead({numbers.get(key, -1): taken for key, taken in self._taken.items()}):
+                self.core.count("flooding")
+                cut(number)
 
     def _revoke(self) -> None:
         """Ends the connections of keys that are not in the list any more, or stand there otherwise."""
@@ -290,6 +320,8 @@ class Server:
                 self._deliver(self._lost(key, _death(error)))
 
     def _lost(self, key: bytes, reason: str) -> list[Sent]:
+        if reason == DIED and key.startswith(DRAWN):
+            self._ended.add(key)
         self._outbox.drop(key)
         self._descriptors.pop(key, None)
         return self.core.lost(self._clock(), key, reason)
@@ -332,7 +364,7 @@ class Server:
 def _death(error: zmq.ZMQError) -> str:
     if error.errno != errno.EHOSTUNREACH:
         raise error
-    return "died or was cut off"
+    return DIED
 
 
 def _descriptor(frame: zmq.Frame) -> int:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ralmq.broker")
 EACH: Final = 60.0  # seconds between two warnings
-REFUSALS: Final = ("unknown_key", "no_handshake", "unauthorized", "endless")  # counts of those who were kept out
+REFUSALS: Final = ("unknown_key", "no_handshake", "unauthorized", "endless", "flooding")  # counts
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Accept an address that others can reach: nothing is encrypted.")
 ]

@@ -38,7 +38,7 @@ WATCHED: Final = int(
 )
 HEARTBEAT_MS: Final = 500
 HEARTBEAT_TIMEOUT_MS: Final = 2000
-LINGER_MS: Final = 500
+LINGER_MS: Final = 50  # of a broker that ends meanwhile a heartbeat could make libzmq abort the process
 RECONNECT_MS: Final = 50
 RECONNECT_MAX_MS: Final = 500
 CONNECT_MS: Final = 2000  # else TCP itself tries again ever more rarely where packets are dropped
@@ -114,6 +114,8 @@ class Wire:
         for option, value in _OPTIONS:
             self._socket.setsockopt(option, value)
         self._socket.setsockopt(zmq.IPV6, int("[" in url))
+        if not url.startswith("inproc"):  # at a bound it would stop reading, and abort when the broker ends then
+            self._socket.setsockopt(zmq.RCVHWM, 0)  # what comes was asked for, and streams have credit
         if once:
             self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
         if key is not None:

@@ -3,13 +3,15 @@
 import asyncio
 import contextlib
 import socket
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 from inprocess import PACE
 from ralmq.broker.server import Server
-from ralmq.broker.watch import FIRST, LONGEST, Flow, Watch, received
+from ralmq.broker.watch import FIRST, LONGEST, Flow, Taken, Watch, received
 from ralmq.client.client import connect
+from ralmq.schema.errors import NoService
 from ralmq.schema.keys import Entry
 from ralmq.workers.echo import Echo
 from ralmq.workers.host import Host
@@ -92,7 +94,11 @@ def test_a_suspect_has_as_much_as_a_message_may_have(monkeypatch: pytest.MonkeyP
     assert watch.look() == (set(), set())
     got += 1
     assert watch.look() == (set(), {3})
+    watch.whole(3)
+    got += LONGEST + 1
+    assert watch.look() == ({3}, set()), "it ended after all, and this is the next one"
     watch.closed(3)
+    got += LONGEST + 1
     assert watch.look() == (set(), set())
     watch.whole(3)
     assert watch.look() == (set(), set()), "no connection of that number"
@@ -101,7 +107,7 @@ def test_a_suspect_has_as_much_as_a_message_may_have(monkeypatch: pytest.MonkeyP
 def test_what_is_no_tcp_connection_has_received_nothing(tmp_path: Path) -> None:
     with (tmp_path / "file").open("w") as file, socket.socket(socket.AF_UNIX) as unix:
         assert received(file.fileno()) == received(unix.fileno()) == received(-1) == 0
-    assert Flow() == Flow(0, -1, False)
+    assert Flow() == Flow(0, -1, False, 0, False)
 
 
 async def test_a_connection_whose_key_changes_begins_anew() -> None:
@@ -112,3 +118,22 @@ async def test_a_connection_whose_key_changes_begins_anew() -> None:
         assert server.core.introduce(0.0, b"peer", Entry("a", "client", "a" * 40)) == []
         server.core.introduce(0.0, b"peer", second)
         assert server.core.roster.entries == {b"peer": second}
+
+
+@pytest.mark.parametrize("with_keys", [False, True])
+async def test_what_was_taken_is_what_was_received(keys: Path, with_keys: bool) -> None:
+    """By the kernel's own count, over a real connection: what is left of it does not grow with the messages."""
+    async with (
+        Server("tcp://127.0.0.1:*", limits=PACE, keys=keys if with_keys else None) as server,
+        connect(server.endpoint, keys=keys if with_keys else "") as client,
+    ):
+        (number,) = server._descriptors.values()
+        server._look_at = float("inf")  # who is not behind counts nothing
+        server._taken = defaultdict(Taken)
+        start = received(number)
+        for size in (10, 100, 1000, 300, 200) * 8:
+            with pytest.raises(NoService):
+                await client.request("nobody", {"text": "x" * size})
+        (taken,) = server._taken.values()
+        assert taken.frames >= 40
+        assert abs(received(number) - start - taken.bytes) < 400, "heartbeats, and BEATs that are under way"

@@ -176,6 +176,7 @@ class Door:
 _OPTIONS = (
     (zmq.ROUTER_MANDATORY, 1),
     (zmq.LINGER, 0),
+    (zmq.RCVHWM, 0),  # at a bound libzmq would stop reading, and abort when the other side ends then
     (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
     (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
     (zmq.MAXMSGSIZE, MAX_MESSAGE + (1 << 20)),

@@ -1,0 +1,156 @@
+"""What peers have sent and the broker has not taken: it outlives their deaths, and has a bound."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from inprocess import cluster
+from ralmq.broker import server as shell
+from ralmq.broker import watch as watching
+from ralmq.broker.watch import KEPT, Taken, Watch
+from ralmq.client.client import Client, connect
+from ralmq.schema.errors import NoService
+from ralmq.workers.echo import Echo
+from serving import PATIENCE, broker, free_url, until
+
+CROWD = """
+import os, sys, zmq
+from ralmq.schema.codec import encode
+from ralmq.schema.frame import read_prefix, restamped
+from ralmq.schema.message import Hello, Request
+
+context = zmq.Context()
+peers = []
+for number in range(60):
+    peer = context.socket(zmq.DEALER)
+    peer.sndhwm = 0
+    peer.connect(sys.argv[1])
+    peer.send_multipart(encode(Hello(os.urandom(16), "crowd")))
+    peers.append((peer, read_prefix(peer.recv_multipart()[0]).epoch))
+for number in range(1000):
+    for peer, epoch in peers:
+        frames = encode(Request("nobody", 4, 0, None, 0, {"n": number}, ()), id=os.urandom(16))
+        peer.send_multipart([restamped(frames[0], attempt=0, deadline=60_000, epoch=epoch), *frames[1:]])
+print("sent", flush=True)
+sys.stdin.read()
+"""
+
+
+FLOOD = """
+import os, sys, zmq
+from ralmq.schema.codec import encode
+from ralmq.schema.frame import read_prefix, restamped
+from ralmq.schema.message import Hello, Request
+
+peer = zmq.Context().socket(zmq.DEALER)
+for option, value in ((zmq.LINGER, 0), (zmq.RECONNECT_IVL, -1), (zmq.SNDTIMEO, 1000), (zmq.IMMEDIATE, 1)):
+    peer.setsockopt(option, value)
+peer.connect(sys.argv[1])
+peer.send_multipart(encode(Hello(os.urandom(16), "flood")))
+epoch = read_prefix(peer.recv_multipart()[0]).epoch
+frames = encode(Request("echo", 4, 0, None, 0, {}, ()), id=os.urandom(16))
+(message,) = restamped(frames[0], attempt=0, deadline=60_000, epoch=epoch), *frames[1:]
+message = bytes(message)
+try:
+    for _ in range(4_000_000):
+        peer.send(message)
+    sys.exit("all of it was taken")
+except zmq.Again:
+    os._exit(0)  # nobody takes anything any more
+"""
+
+
+async def test_a_crowd_that_is_killed_does_not_take_the_broker_along(tmp_path: Path) -> None:
+    """60 connections end at once with 1,000 messages each under way: had libzmq stopped reading, it would abort."""
+    url = free_url()
+    with broker(tmp_path, url) as process:
+        for _ in range(3):
+            crowd = subprocess.Popen(
+                [sys.executable, "-c", CROWD, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            try:
+                assert crowd.stdout is not None
+                assert await asyncio.to_thread(crowd.stdout.readline) == "sent\n", process.log
+            finally:
+                crowd.kill()
+                crowd.communicate()
+            async with connect(url, wait=PATIENCE) as client:
+                with pytest.raises(NoService):
+                    await client.request("nobody", deadline=PATIENCE)
+        assert process.process is not None and process.process.poll() is None, process.log
+
+
+async def test_who_sends_more_than_is_taken_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "AHEAD", 4 << 20)
+    async with cluster(Echo()) as here:
+        client, served = await here.client(), 0
+        flood = subprocess.Popen([sys.executable, "-c", FLOOD, here.url])
+        try:
+            while flood.poll() is None:
+                assert (await client.request("echo", {"n": served}, deadline=PATIENCE)).body == {"n": served}
+                served += 1
+            assert flood.returncode == 0 and served
+        finally:
+            flood.kill()
+            flood.wait()
+        await until(lambda: not here.server._ended, "the end of what it had sent")
+        assert here.counts["flooding"] == here.counts["lost_peers"] == 1 and not here.counts["endless"]
+        assert (await client.request("echo", {"n": 0}, deadline=PATIENCE)).body == {"n": 0}
+
+
+async def test_large_messages_of_many_are_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the broker does not get to the end of what arrives: 12 MiB come from the worker at most."""
+    monkeypatch.setattr(watching, "AHEAD", 16 << 20)
+    monkeypatch.setattr(shell, "LOOK", 0.0)
+    async with cluster(Echo()) as here:
+        monkeypatch.setattr(here.server, "_take", lambda sent, take=here.server._take: take(sent) and False)
+        large = np.arange(3 << 20, dtype=np.uint8)
+
+        async def ask(client: Client) -> None:
+            for _ in range(8):
+                reply = await client.request("echo", tensors=[large], deadline=PATIENCE, retries=9)
+                assert (reply.tensors[0].numpy() == large).all()
+
+        await asyncio.gather(*[ask(await here.client()) for _ in range(4)])
+        taken = here.server._taken
+        assert taken and sum(of.bytes for of in taken.values()) > 16 * large.nbytes, "most of it was counted"
+        assert not here.counts["flooding"] and not here.counts["lost_peers"]
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_who_is_ahead_is_known_by_what_was_taken(monkeypatch: pytest.MonkeyPatch, sealed: bool) -> None:
+    got = 1000
+    monkeypatch.setattr(watching, "received", lambda descriptor: got)
+    monkeypatch.setattr(watching, "AHEAD", 10 * (60 + KEPT))
+    watch = Watch()
+    watch.opened(3)
+    watch.mark()
+    taken = Taken()
+    assert watch.ahead({3: taken}) == set()
+    got += 1 << 20
+    assert watch.ahead({3: taken}) == watch.ahead({}) == set(), "one message that is under way"
+    got = 1000 + 60 * 15
+    for _ in range(5):
+        taken.add([bytes(58 - 33 * sealed)], sealed)
+    assert watch.ahead({3: taken}) == set(), "ten messages may wait"
+    got += 60
+    assert watch.ahead({3: taken, 4: taken}) == set(), "the broker itself may just have stood still"
+    assert watch.ahead({3: taken, 4: taken}) == {3}
+    got -= 60
+    assert watch.ahead({3: taken}) == set()
+    got += 60
+    assert watch.ahead({3: taken}) == set(), "not twice in a row"
+    watch.mark()
+    got += 60 * 16
+    assert watch.ahead({3: taken}) == set()
+    assert watch.ahead({3: taken}) == {3}
+
+
+def test_what_travelled_is_counted_to_the_byte() -> None:
+    for sealed, size, expected in ((False, 255, 257), (False, 256, 265), (True, 222, 257), (True, 223, 265)):
+        taken = Taken()
+        taken.add([bytes(size), bytes(size)], sealed)
+        assert (taken.bytes, taken.frames) == (2 * expected, 2)
