@@ -204,6 +204,7 @@ class Server:
         descriptor is forgotten then, so that whoever comes next under this id is asked anew.
         """
         if key in self._ended:
+            self.core.count("void")
             return False
         self._deliver(sent)  # what was decided before leaves before what may follow from a loss
         sent.clear()
