@@ -43,7 +43,7 @@ FLYING: Final = 64 << 20  # bytes of large messages among them
 OUT_BYTES: Final = 2 * MAX_MESSAGE  # in the outbox; a peer that takes nothing is let go beyond that
 OUT_FULL: Final = 64 << 20  # the same while the memory is full
 DIED: Final = "died or was cut off"
-DRAWN: Final = b"\0"  # how routing ids begin that the ROUTER draws: no other connection gets the same one
+DRAWN: Final = b"\0"  # how routing ids begin that the ROUTER draws: no other connection is given the same one
 LOOK: Final = 0.1  # seconds between two looks at the list of keys, and at messages that do not end
 REFUSALS: Final = {  # what the monitor tells of connections that never came to be, and how it is counted
     int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "unknown_key",
@@ -85,6 +85,7 @@ class Server:
         self._flights = Flights(FLYING)
         self._frees = not bind.startswith("inproc")  # there a frame is freed when who took it is done with it
         self._descriptors: dict[bytes, int] = {}
+        self._seen: set[bytes] = set()  # those of them of which no message need be looked at
         self._dry = False  # a pass since the last look has left nothing: libzmq keeps no message
         self._taken: defaultdict[bytes, Taken] | None = None  # since then, else
         self._ended: set[bytes] = set()  # connections of which messages may be left: nobody waits for what they say
@@ -175,7 +176,7 @@ class Server:
 
     def _take(self, sent: list[Sent]) -> bool:
         """Hands messages to the core and collects what is to be sent; True where no more have arrived."""
-        receive, step, descriptors, taken = self._recv, self.core.step, self._descriptors, self._taken
+        receive, step, seen, taken = self._recv, self.core.step, self._seen, self._taken
         now = self._clock()
         try:
             for number in range(BATCH):
@@ -190,7 +191,7 @@ class Server:
                         frames.append(frame)
                 if taken is not None:
                     taken[key].add(frames, self._guard is not None)
-                if key not in descriptors and not self._introduced(now, key, frames[0], sent):
+                if key not in seen and not self._introduced(now, key, frames[0], sent):
                     continue
                 sent += step(now, key, frames)
         except zmq.Again:
@@ -215,9 +216,11 @@ class Server:
             if entry is None:
                 self.core.count("unauthorized")
                 cut(descriptor)
+                self._void(key)
                 return False
             sent += self.core.introduce(now, key, entry)
         self._descriptors[key] = descriptor
+        self._seen.add(key)
         self._watch.whole(descriptor)
         return True
 
@@ -232,15 +235,15 @@ class Server:
         self._flights.tidy()
         if self._guard is not None and self._guard.changed():
             self._revoke()
-        self._look_ahead()
+        self._look_ahead(0 < self._limits.memory < memory)
         suspects, endless = self._watch.look()
-        for key in [key for key, number in self._descriptors.items() if number in suspects]:
-            del self._descriptors[key]  # so that its next message is seen
+        if suspects:  # their next messages are looked at
+            self._seen -= {key for key, number in self._descriptors.items() if number in suspects}
         for descriptor in endless:
             self.core.count("endless")
             cut(descriptor)
 
-    def _look_ahead(self) -> None:
+    def _look_ahead(self, full: bool) -> None:
         """Ends the connections of those that send more than is taken of them: libzmq keeps all of it.
 
         Who they are is counted only while the broker does not get to the end of what has arrived.
@@ -254,9 +257,11 @@ class Server:
             self._watch.mark()
         else:
             numbers = self._descriptors
-            for number in self._watch.ahead({numbers.get(key, -1): taken for key, taken in self._taken.items()}):
+            taken = {numbers.get(key, -1): taken for key, taken in self._taken.items()}
+            for number in self._watch.ahead(taken, full):
                 self.core.count("flooding")
                 cut(number)
+                self._watch.closed(number)
 
     def _revoke(self) -> None:
         """Ends the connections of keys that are not in the list any more, or stand there otherwise."""
@@ -265,6 +270,7 @@ class Server:
             if self._guard.allowed.get(entry.public) != entry:
                 self.core.count("revoked")
                 cut(self._descriptors.get(key, -1))
+                self._void(key)
                 self._deliver(self._lost(key, "has a key that was revoked"))
 
     def _pump_soon(self) -> None:
@@ -321,11 +327,20 @@ class Server:
                 self._deliver(self._lost(key, _death(error)))
 
     def _lost(self, key: bytes, reason: str) -> list[Sent]:
-        if reason == DIED and key.startswith(DRAWN):
-            self._ended.add(key)
+        if reason == DIED:
+            self._void(key)
         self._outbox.drop(key)
-        self._descriptors.pop(key, None)
+        self._forget(key)
         return self.core.lost(self._clock(), key, reason)
+
+    def _void(self, key: bytes) -> None:
+        """The connection is over: what is left of it is dropped, unless another one may come under its routing id."""
+        if key.startswith(DRAWN):
+            self._ended.add(key)
+
+    def _forget(self, key: bytes) -> None:
+        self._descriptors.pop(key, None)
+        self._seen.discard(key)
 
     def _tick(self) -> None:
         busy = self._outbox or self.core.requests.open
@@ -357,7 +372,7 @@ class Server:
                     continue
                 self._watch.closed(event["value"])
                 for key in [key for key, number in self._descriptors.items() if number == event["value"]]:
-                    del self._descriptors[key]
+                    self._forget(key)
                     self._deliver(self.core.greet(key))
         self._pump_soon()
 

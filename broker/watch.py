@@ -16,7 +16,8 @@ from ..schema.limits import MAX_MESSAGE
 
 FIRST: Final = 1 << 20  # bytes; what comes first is a HELLO, and far shorter
 LONGEST: Final = MAX_MESSAGE + (1 << 20)
-AHEAD: Final = 2 * LONGEST  # bytes; one message under way is half of it at most
+AHEAD: Final = 2 * LONGEST  # bytes that libzmq may keep of one connection; a message under way is half of it at most
+CROWDED: Final = 64 << 20  # bytes beside the contents of short messages, while the broker's memory is full
 KEPT: Final = 250  # bytes that libzmq keeps for a short frame beside what it holds: measured
 SEALED: Final = 33  # bytes that CURVE adds to a frame
 INFO: Final = struct.Struct("=128xQ")  # of Linux' struct tcp_info: tcpi_bytes_received
@@ -75,10 +76,11 @@ class Watch:
         for descriptor, flow in self._flows.items():
             flow.mark, flow.ahead = received(descriptor), False
 
-    def ahead(self, taken: Mapping[int, Taken]) -> set[int]:
+    def ahead(self, taken: Mapping[int, Taken], full: bool) -> set[int]:
         """Descriptors of those of which libzmq keeps too much, at two looks in a row, by what was taken since the mark.
 
-        What waits is as long as what was taken: a frame of 60 bytes costs 310.
+        What waits is as long as what was taken, and a frame of 60 bytes costs 310; but it may end in a message of any
+        length that is under way. While memory is `full`, that is not believed of one who sends short ones.
         """
         found: set[int] = set()
         for descriptor, flow in self._flows.items():
@@ -86,7 +88,9 @@ class Watch:
             before, flow.ahead = flow.ahead, False
             if served is not None and served.bytes:
                 waiting = received(descriptor) - flow.mark - served.bytes
-                flow.ahead = waiting + KEPT * served.frames * waiting // served.bytes > AHEAD
+                beside = KEPT * served.frames / served.bytes
+                certain = waiting + beside * max(0, waiting - LONGEST)
+                flow.ahead = certain > AHEAD or (full and beside * waiting > CROWDED)
             if before and flow.ahead:
                 found.add(descriptor)
         return found

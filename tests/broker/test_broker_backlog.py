@@ -3,6 +3,8 @@
 import asyncio
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +75,9 @@ async def test_a_crowd_that_is_killed_does_not_take_the_broker_along(tmp_path: P
             )
             try:
                 assert crowd.stdout is not None
-                assert await asyncio.to_thread(crowd.stdout.readline) == "sent\n", process.log
+                assert await asyncio.wait_for(asyncio.to_thread(crowd.stdout.readline), PATIENCE) == "sent\n"
             finally:
-                crowd.kill()
+                crowd.kill()  # which ends a thread that still reads
                 crowd.communicate()
             async with connect(url, wait=PATIENCE) as client:
                 with pytest.raises(NoService):
@@ -84,7 +86,8 @@ async def test_a_crowd_that_is_killed_does_not_take_the_broker_along(tmp_path: P
 
 
 async def test_who_sends_more_than_is_taken_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "AHEAD", 4 << 20)
+    monkeypatch.setattr(watching, "AHEAD", 16 << 20)
+    monkeypatch.setattr(watching, "LONGEST", 8 << 20)
     async with cluster(Echo()) as here:
         client, served = await here.client(), 0
         flood = subprocess.Popen([sys.executable, "-c", FLOOD, here.url])
@@ -98,12 +101,14 @@ async def test_who_sends_more_than_is_taken_is_cut_off(monkeypatch: pytest.Monke
             flood.wait()
         await until(lambda: not here.server._ended, "the end of what it had sent")
         assert here.counts["flooding"] == here.counts["lost_peers"] == 1 and not here.counts["endless"]
+        assert here.counts["void"], "what was left of it was dropped"
         assert (await client.request("echo", {"n": 0}, deadline=PATIENCE)).body == {"n": 0}
 
 
 async def test_large_messages_of_many_are_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while the broker does not get to the end of what arrives: 12 MiB come from the worker at most."""
-    monkeypatch.setattr(watching, "AHEAD", 16 << 20)
+    monkeypatch.setattr(watching, "AHEAD", 32 << 20)
+    monkeypatch.setattr(watching, "LONGEST", 16 << 20)
     monkeypatch.setattr(shell, "LOOK", 0.0)
     async with cluster(Echo()) as here:
         monkeypatch.setattr(here.server, "_take", lambda sent, take=here.server._take: take(sent) and False)
@@ -122,31 +127,41 @@ async def test_large_messages_of_many_are_no_flood(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("sealed", [False, True])
 def test_who_is_ahead_is_known_by_what_was_taken(monkeypatch: pytest.MonkeyPatch, sealed: bool) -> None:
+    """Messages of 60 bytes on their way, of which five were taken; a message may have 600."""
     got = 1000
     monkeypatch.setattr(watching, "received", lambda descriptor: got)
-    monkeypatch.setattr(watching, "AHEAD", 10 * (60 + KEPT))
+    monkeypatch.setattr(watching, "LONGEST", 600)
+    monkeypatch.setattr(watching, "AHEAD", 1200 + 10 * KEPT)
+    monkeypatch.setattr(watching, "CROWDED", 5 * KEPT)
     watch = Watch()
     watch.opened(3)
     watch.mark()
     taken = Taken()
-    assert watch.ahead({3: taken}) == set()
+
+    def ahead(full: bool = False) -> bool:
+        return watch.ahead({3: taken, 4: taken}, full) == {3}
+
+    assert not ahead() and watch.ahead({}, True) == set()
     got += 1 << 20
-    assert watch.ahead({3: taken}) == watch.ahead({}) == set(), "one message that is under way"
-    got = 1000 + 60 * 15
+    assert not ahead() and not ahead(), "one message that is under way"
+    got = 1000 + 5 * 60 + 1200
     for _ in range(5):
         taken.add([bytes(58 - 33 * sealed)], sealed)
-    assert watch.ahead({3: taken}) == set(), "ten messages may wait"
-    got += 60
-    assert watch.ahead({3: taken, 4: taken}) == set(), "the broker itself may just have stood still"
-    assert watch.ahead({3: taken, 4: taken}) == {3}
-    got -= 60
-    assert watch.ahead({3: taken}) == set()
-    got += 60
-    assert watch.ahead({3: taken}) == set(), "not twice in a row"
+    assert not ahead() and not ahead(), "ten messages, and one under way"
+    got += 1
+    assert not ahead(), "the broker itself may just have stood still"
+    assert ahead()
+    got -= 1
+    assert not ahead()
+    got += 1
+    assert not ahead(), "not twice in a row"
     watch.mark()
-    got += 60 * 16
-    assert watch.ahead({3: taken}) == set()
-    assert watch.ahead({3: taken}) == {3}
+    got += 5 * 60 + 1201
+    assert not ahead() and ahead()
+    got -= 1201 - 5 * 60
+    assert not ahead(True) and not ahead(True), "five messages"
+    got += 60
+    assert not ahead() and not ahead() and not ahead(True) and ahead(True)
 
 
 def test_what_travelled_is_counted_to_the_byte() -> None:
@@ -154,3 +169,25 @@ def test_what_travelled_is_counted_to_the_byte() -> None:
         taken = Taken()
         taken.add([bytes(size), bytes(size)], sealed)
         assert (taken.bytes, taken.frames) == (2 * expected, 2)
+
+
+async def test_a_large_message_behind_many_small_ones_is_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is under way while they are taken, and everything about them is short."""
+    monkeypatch.setattr(watching, "AHEAD", 64 << 20)
+    monkeypatch.setattr(watching, "LONGEST", 32 << 20)
+    monkeypatch.setattr(shell, "LOOK", 0.0)
+    async with cluster(Echo()) as here:
+        client = await here.client()
+        here.server._taken = defaultdict(Taken)
+        here.server._watch.mark()
+        monkeypatch.setattr(here.server, "_take", lambda sent, take=here.server._take: take(sent) and False)
+        step = here.server.core.step
+        monkeypatch.setattr(here.server.core, "step", lambda *given: time.sleep(0.0002) or step(*given))
+        large = np.zeros(24 << 20, np.uint8)
+        asked = [client.request("nobody", {"n": number}, deadline=PATIENCE) for number in range(3000)]
+        *refused, reply = await asyncio.gather(
+            *asked, client.request("echo", tensors=[large], deadline=PATIENCE, retries=9), return_exceptions=True
+        )
+        assert all(isinstance(error, NoService) for error in refused)
+        assert not isinstance(reply, BaseException) and reply.tensors[0].shape == large.shape
+        assert not here.counts["flooding"]

@@ -45,6 +45,7 @@ async def test_a_client_that_stands_still_survives_its_connection() -> None:
                 task.cancel()
             await asyncio.gather(*both, return_exceptions=True)
             outer.close()
+            writer.close()
 
         async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
             url = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
