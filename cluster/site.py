@@ -64,9 +64,9 @@ class Site:
         try:
             self.record()
             status = await self._add()
-            shown(status)
             self._ready = True
-            self.record()
+            self.record()  # before anybody is told: who hears of it may look
+            shown(status)
             jobs = [supervise(self.cluster, self._told, self._changed), self._grow(more), self._publish()]
             if self.cluster.lacking(status):
                 jobs.append(self._complete())
