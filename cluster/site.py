@@ -64,9 +64,10 @@ class Site:
         try:
             self.record()
             status = await self._add()
-            self._ready = True
-            self.record()  # before anybody is told: who hears of it may look
+            self.record()  # who hears that it is ready may look at what runs
             shown(status)
+            self._ready = True  # who waits for that takes what was said
+            self.record()
             jobs = [supervise(self.cluster, self._told, self._changed), self._grow(more), self._publish()]
             if self.cluster.lacking(status):
                 jobs.append(self._complete())
