@@ -19,6 +19,7 @@ from .sharing import Sharing
 from .status import snapshot
 
 STATUS = "ralmq.status"
+DIED = "died or was cut off"
 
 
 class Core:
@@ -95,7 +96,7 @@ class Core:
         """Counts what the shell sees and the core does not."""
         self.requests.counts[what] += 1
 
-    def lost(self, now: float, key: bytes, reason: str = "died or was cut off") -> list[Sent]:
+    def lost(self, now: float, key: bytes, reason: str = DIED) -> list[Sent]:
         """The connection of a peer is gone, or it does not take what is sent to it."""
         self.roster.entries.pop(key, None)
         peer = self.roster.peers.get(key)

@@ -19,7 +19,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from ..schema.errors import Refused
 from ..schema.limits import MAX_FRAMES, MAX_MESSAGE
-from .core import Core
+from .core import DIED, Core
 from .flights import LARGE, Flights
 from .guard import Guard
 from .limits import Limits
@@ -42,7 +42,6 @@ HIGH_WATER: Final = 64  # messages to a peer, whatever their size; what it does 
 FLYING: Final = 64 << 20  # bytes of large messages among them
 OUT_BYTES: Final = 2 * MAX_MESSAGE  # in the outbox; a peer that takes nothing is let go beyond that
 OUT_FULL: Final = 64 << 20  # the same while the memory is full
-DIED: Final = "died or was cut off"
 DRAWN: Final = b"\0"  # how routing ids begin that the ROUTER draws: no other connection is given the same one
 LOOK: Final = 0.1  # seconds between two looks at the list of keys, and at messages that do not end
 REFUSALS: Final = {  # what the monitor tells of connections that never came to be, and how it is counted
@@ -166,7 +165,9 @@ class Server:
         drained = False
         try:
             drained = self._take(sent)
-            self._dry = self._dry or drained
+            if drained:
+                self._dry = True
+                self._ended.clear()
         finally:  # a message that cannot be served must not hold up the others
             self._deliver(sent)
             if self._outbox:
@@ -230,12 +231,13 @@ class Server:
         if 0 < self._limits.memory < memory:
             give_back()
             memory = resident()
+        full = 0 < self._limits.memory < memory
         self.core.measured(memory)
-        self._outbox.bound(OUT_FULL if 0 < self._limits.memory < memory else OUT_BYTES)
+        self._outbox.bound(OUT_FULL if full else OUT_BYTES)
         self._flights.tidy()
         if self._guard is not None and self._guard.changed():
             self._revoke()
-        self._look_ahead(0 < self._limits.memory < memory)
+        self._look_ahead(full)
         suspects, endless = self._watch.look()
         if suspects:  # their next messages are looked at
             self._seen -= {key for key, number in self._descriptors.items() if number in suspects}
@@ -251,13 +253,11 @@ class Server:
         dry, self._dry = self._dry, False
         if dry:
             self._taken = None
-            self._ended.clear()
         elif self._taken is None:
             self._taken = defaultdict(Taken)
             self._watch.mark()
         else:
-            numbers = self._descriptors
-            taken = {numbers.get(key, -1): taken for key, taken in self._taken.items()}
+            taken = {self._descriptors.get(key, -1): of for key, of in self._taken.items()}
             for number in self._watch.ahead(taken, full):
                 self.core.count("flooding")
                 cut(number)

@@ -2,9 +2,13 @@
 
 import asyncio
 import contextlib
+import socket
+import struct
 from typing import Self
 
 from serving import free_url
+
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close by RST
 
 
 class Relay:
@@ -36,6 +40,12 @@ class Relay:
         for writer in list(self._writers):
             writer.transport.abort()
         self._writers.clear()
+
+    def reset(self) -> None:
+        """The same by RST: who has not read all that arrived hears of it at once."""
+        for writer in self._writers:
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self.cut()
 
     def stop(self) -> None:
         """Forwards nothing any more, as a network that drops all packets."""

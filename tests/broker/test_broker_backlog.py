@@ -18,44 +18,42 @@ from ralmq.schema.errors import NoService
 from ralmq.workers.echo import Echo
 from serving import PATIENCE, broker, free_url, until
 
-CROWD = """
+RAW = """
 import os, sys, zmq
 from ralmq.schema.codec import encode
 from ralmq.schema.frame import read_prefix, restamped
 from ralmq.schema.message import Hello, Request
 
 context = zmq.Context()
-peers = []
-for number in range(60):
+
+def opened(**options):
     peer = context.socket(zmq.DEALER)
-    peer.sndhwm = 0
+    for name, value in options.items():
+        peer.setsockopt(getattr(zmq, name), value)
     peer.connect(sys.argv[1])
-    peer.send_multipart(encode(Hello(os.urandom(16), "crowd")))
-    peers.append((peer, read_prefix(peer.recv_multipart()[0]).epoch))
-for number in range(1000):
+    peer.send_multipart(encode(Hello(os.urandom(16), "raw")))
+    return peer, read_prefix(peer.recv_multipart()[0]).epoch
+
+def asked(service, epoch):
+    (frame,) = encode(Request(service, 4, 0, None, 0, {}, ()), id=os.urandom(16))
+    return bytes(restamped(frame, attempt=0, deadline=60_000, epoch=epoch))
+"""
+CROWD = (
+    RAW
+    + """
+peers = [opened(SNDHWM=0) for _ in range(60)]
+for _ in range(1000):
     for peer, epoch in peers:
-        frames = encode(Request("nobody", 4, 0, None, 0, {"n": number}, ()), id=os.urandom(16))
-        peer.send_multipart([restamped(frames[0], attempt=0, deadline=60_000, epoch=epoch), *frames[1:]])
+        peer.send(asked("nobody", epoch))
 print("sent", flush=True)
 sys.stdin.read()
 """
-
-
-FLOOD = """
-import os, sys, zmq
-from ralmq.schema.codec import encode
-from ralmq.schema.frame import read_prefix, restamped
-from ralmq.schema.message import Hello, Request
-
-peer = zmq.Context().socket(zmq.DEALER)
-for option, value in ((zmq.LINGER, 0), (zmq.RECONNECT_IVL, -1), (zmq.SNDTIMEO, 1000), (zmq.IMMEDIATE, 1)):
-    peer.setsockopt(option, value)
-peer.connect(sys.argv[1])
-peer.send_multipart(encode(Hello(os.urandom(16), "flood")))
-epoch = read_prefix(peer.recv_multipart()[0]).epoch
-frames = encode(Request("echo", 4, 0, None, 0, {}, ()), id=os.urandom(16))
-(message,) = restamped(frames[0], attempt=0, deadline=60_000, epoch=epoch), *frames[1:]
-message = bytes(message)
+)
+FLOOD = (
+    RAW
+    + """
+peer, epoch = opened(LINGER=0, RECONNECT_IVL=-1, SNDTIMEO=1000, IMMEDIATE=1)
+message = asked("echo", epoch)
 try:
     for _ in range(4_000_000):
         peer.send(message)
@@ -63,6 +61,7 @@ try:
 except zmq.Again:
     os._exit(0)  # nobody takes anything any more
 """
+)
 
 
 async def test_a_crowd_that_is_killed_does_not_take_the_broker_along(tmp_path: Path) -> None:

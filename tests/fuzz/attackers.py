@@ -3,16 +3,16 @@
 import contextlib
 import random
 import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
+from relay import RESET
+
 CANARY = b"canary-of-the-attackers"  # in all that is sent here: it must be in no log
 SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
 READY = b"\x05READY\x0bSocket-Type" + (6).to_bytes(4, "big") + b"DEALER"
-RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close by RST
 Attack = Callable[[tuple[str, int], random.Random], None]
 
 
