@@ -95,13 +95,14 @@ def test_a_prompt_in_chunks_gives_what_it_gives_whole(tmp_path: Path, family: st
     assert (torch.cat(beside) - Chain(path).logits([Row(0, 35, [0, 1, 2])], other[:35])).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-def test_rows_of_different_lengths_under_one_window(tmp_path: Path, family: str) -> None:
-    """Each row's window lies in other blocks; the short row has not yet filled its own."""
-    model = made(tmp_path, family, {"sliding_window": 20})
-    chain, lengths = Chain(tmp_path, 2), (3, 19, 20, 47, 100)
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gemma2", "llama"])
+def test_rows_of_different_lengths_in_one_step(tmp_path: Path, family: str) -> None:
+    """Each row's window, if there is one, lies in other blocks; the short row has not yet filled its own. From 64
+    tokens on a row attends by itself."""
+    model = made(tmp_path, family, {} if family == "llama" else {"sliding_window": 20})
+    chain, lengths = Chain(tmp_path, 2), (3, 65, 19, 20, 64, 47, 63, 100)
     ids = [random_ids(n + 1, seed=n) for n in lengths]
-    tables = [list(range(8 * i, 8 * i + 8)) for i in range(5)]
+    tables = [list(range(8 * i, 8 * i + 8))[::-1] for i in range(8)]
     for n, sequence, table in zip(lengths, ids, tables, strict=True):
         chain.forward([Row(0, n, table)], sequence[:n])
     rows = [Row(n, 1, table) for n, table in zip(lengths, tables, strict=True)]

@@ -21,6 +21,27 @@ def test_what_is_written_to_slots_is_read_by_table() -> None:
     assert not cache.read(0, torch.arange(5), 1)[0].any()
 
 
+def test_of_each_table_the_slots_that_are_wanted() -> None:
+    cache = KVCache(1, 5, 1, 2, torch.float32, "cpu")
+    kv = torch.randn(5 * BLOCK, 2, 2)
+    cache.write(0, torch.arange(5 * BLOCK), kv)
+    keys, values = cache.read(0, torch.tensor([4, 1, 3]), 1, slice(3, 2 * BLOCK + 1))
+    slots = torch.cat([torch.arange(block * BLOCK, (block + 1) * BLOCK) for block in (4, 1, 3)])[3 : 2 * BLOCK + 1]
+    assert torch.equal(keys[0, 0], kv[slots, 0]) and torch.equal(values[0, 0], kv[slots, 1])
+
+
+def test_what_is_read_lies_in_the_same_memory_each_time_and_not_in_the_cache() -> None:
+    cache = KVCache(2, 9, 2, 4, torch.float32, "cpu")
+    cache.write(0, torch.arange(32), torch.randn(32, 4, 4))
+    first, _ = cache.read(0, torch.tensor([0, 1, 2]), 1)
+    before = first.clone()
+    first.zero_()
+    again, _ = cache.read(0, torch.tensor([0, 1, 2]), 1)
+    assert torch.equal(again, before) and before.any()
+    for layer, table in ((1, [3]), (0, [2, 1]), (1, [8, 7, 6])):
+        assert cache.read(layer, torch.tensor(table), 1)[0].data_ptr() == first.data_ptr()
+
+
 def test_pool_gives_each_block_once() -> None:
     pool = BlockPool(5)
     assert pool.available == 5

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from ralmq.workers.engine import linear
-from ralmq.workers.engine.linear import Blocked, Int8, Linear, Packed, Plain, empty, parts_of
+from ralmq.workers.engine import int8, linear
+from ralmq.workers.engine.int8 import Int8
+from ralmq.workers.engine.linear import Blocked, Linear, Packed, Plain, empty, parts_of
 from torch import Tensor
 from torch.nn import functional
 
@@ -99,9 +100,10 @@ def test_the_form_depends_on_sizes_threads_and_dtype_alone(monkeypatch: pytest.M
     assert isinstance(empty(768, 768, torch.float32, CPU, packed=True), Plain)
 
 
-def test_without_the_product_of_onednn_a_matrix_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_their_products_a_matrix_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "onednn_packs", lambda: False)
-    monkeypatch.setattr(linear, "onednn_quantizes", lambda: False)
+    monkeypatch.setattr(int8, "fbgemm_quantizes", lambda: False)
+    monkeypatch.setattr(int8, "onednn_quantizes", lambda: False)
     weight, x = torch.randn(512, 512), torch.randn(4, 512)
     assert isinstance(filled(Plain(torch.empty(512, 512), packed=True), weight, None, cut=0), Plain)
     made = filled(Int8(512, 512, CPU, packed=True), weight, None, cut=0)
@@ -113,7 +115,15 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.fixture(params=["fbgemm", "onednn", ""])
+def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Each kernel that this torch and processor have, and none."""
+    if request.param and not getattr(int8, f"{request.param}_quantizes")():
+        pytest.skip(f"this torch or processor multiplies no int8 with {request.param}")
+    monkeypatch.setattr(int8, "fbgemm_quantizes", lambda: request.param == "fbgemm")
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("outputs", "inputs"), SIZES)
 def test_int8_stays_near(outputs: int, inputs: int, rows: int, packed: bool) -> None:
@@ -142,14 +152,14 @@ def test_int8_takes_whole_rows_alone() -> None:
         Int8(8, 8, CPU, packed=False).fill(0, torch.ones(8, 4), 2)
 
 
-@pytest.mark.skipif(not linear.onednn_quantizes(), reason="this torch or processor multiplies no int8")
-def test_an_int8_row_is_the_same_bits_whatever_is_beside_it() -> None:
-    made = filled(Int8(500, 768, CPU, packed=True), torch.randn(500, 768), torch.randn(500), cut=0)
+def test_an_int8_row_is_the_same_bits_whatever_is_beside_it(packed: bool) -> None:
+    if not packed:
+        pytest.skip("torch's own product of floats")
+    made = filled(Int8(500, 768, CPU, packed), torch.randn(500, 768), torch.randn(500), cut=0)
     x = torch.randn(40, 768) * torch.logspace(-3, 3, 40)[:, None]
     assert torch.equal(made(x), torch.cat([made(row[None]) for row in x]))
 
 
-@pytest.mark.parametrize("packed", [False, True])
 def test_int8_of_zeros_and_of_what_is_no_number(packed: bool) -> None:
     weight = torch.randn(64, 64)
     weight[3] = 0
@@ -160,3 +170,15 @@ def test_int8_of_zeros_and_of_what_is_no_number(packed: bool) -> None:
     got = made(x)
     assert not got[0].any() and got[1].isfinite().all() and got[1, 3] == 0
     assert got[2].isnan().any()
+
+
+def test_both_kernels_of_int8_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (int8.fbgemm_quantizes() and int8.onednn_quantizes()):
+        pytest.skip("one of them is not there")
+    weight, bias, x = torch.randn(300, 768), torch.randn(300), torch.randn(9, 768)
+    engine = torch.backends.quantized.engine
+    made = filled(Int8(300, 768, CPU, packed=True), weight, bias, cut=0)(x)
+    assert torch.backends.quantized.engine == engine
+    monkeypatch.setattr(int8, "fbgemm_quantizes", lambda: False)
+    other = filled(Int8(300, 768, CPU, packed=True), weight, bias, cut=0)(x)
+    assert relative(made, other) < 1e-4  # numbers halfway between two integers go either way

@@ -14,7 +14,8 @@ from checkpoints import FAMILIES, HIDDEN, VOCAB, tiny, tiny_model
 from ralmq.workers.engine import checkpoint, families, linear
 from ralmq.workers.engine.checkpoint import Checkpoint
 from ralmq.workers.engine.config import read_config
-from ralmq.workers.engine.linear import Blocked, Int8, Linear, Packed, Plain
+from ralmq.workers.engine.int8 import Int8
+from ralmq.workers.engine.linear import Blocked, Linear, Packed, Plain
 from ralmq.workers.engine.names import HEAD
 from ralmq.workers.engine.span import Row, Span
 from ralmq.workers.engine.split import even_cuts, span_tensors, split

@@ -147,22 +147,26 @@ class Attention:
         """[batch * c, heads, head_dim] -> [batch * c, heads * head_dim]. The query heads of one kv head become rows
         of one query matrix, so that keys and values are never repeated."""
         view = group.views[self.window]
-        keys, values = cache.read(layer, view.table, group.batch)
-        shape = (group.batch, -1, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
-        queries = queries.view(shape).permute(0, 2, 3, 1, 4)
-        c = queries.shape[3]
+        keys, values = cache.read(layer, view.table, group.batch, view.seen)
+        c = len(queries) // group.batch
+        if c > 1:
+            shape = (group.batch, c, self.kv_heads, -1, self.head_dim)
+            queries = queries.view(shape).permute(0, 2, 3, 1, 4)
         queries = queries.reshape(group.batch, self.kv_heads, -1, self.head_dim)
         if self.cap is None:
             mixed = functional.scaled_dot_product_attention(queries, keys, values, view.mask, scale=self.scale)
         else:
             mixed = _capped(queries, keys, values, view.mask, self.scale or self.head_dim**-0.5, self.cap)
-        mixed = mixed.view(group.batch, self.kv_heads, -1, c, self.head_dim).permute(0, 3, 1, 2, 4)
+        if c > 1:
+            mixed = mixed.view(group.batch, self.kv_heads, -1, c, self.head_dim).permute(0, 3, 1, 2, 4)
         return mixed.reshape(group.batch * c, self.heads * self.head_dim)
 
 
-def _capped(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
+def _capped(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
     """Attention with scores bounded by `cap` (Gemma 2), which torch's own kernel does not know."""
-    scores = (queries @ keys.transpose(-1, -2)).mul_(scale / cap).tanh_().mul_(cap).add_(mask)
+    scores = (queries @ keys.transpose(-1, -2)).mul_(scale / cap).tanh_().mul_(cap)
+    if mask is not None:
+        scores.add_(mask)
     return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
 
 

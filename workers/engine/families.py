@@ -6,7 +6,8 @@ import torch
 
 from .blocks import ACTIVATIONS, MLP, Attention, Block, Experts, GatedMLP, HeadNorm, LayerNorm, Map, RMSNorm
 from .checkpoint import Checkpoint
-from .linear import Blocked, Int8, Linear, Plain, empty
+from .int8 import Int8
+from .linear import Blocked, Linear, Plain, empty
 from .model import ModelConfig
 from .names import HEAD, NAMES, prefix_of
 

@@ -29,6 +29,7 @@ class KVCache:
         size = blocks + spare
         self._layers = [torch.zeros(size, BLOCK * width, dtype=dtype, device=device) for _ in range(layers)]
         self._slots = [layer.view(size * BLOCK, 2 * kv_heads, head_dim) for layer in self._layers]
+        self._gathered = torch.empty(0, BLOCK * width, dtype=dtype, device=device)
         self.bytes_per_block = layers * BLOCK * width * dtype.itemsize
 
     def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
@@ -38,7 +39,21 @@ class KVCache:
         """
         self._slots[layer].index_copy_(0, slots, kv.nan_to_num(0.0, 0.0, 0.0))
 
-    def read(self, layer: int, table: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, each [batch, kv_heads, tokens, head_dim], of `batch` equally long block tables laid flat."""
-        kv = self._layers[layer].index_select(0, table).view(batch, -1, 2, self.kv_heads, self.head_dim)
+    def read(
+        self, layer: int, table: torch.Tensor, batch: int, seen: slice | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each [batch, kv_heads, tokens, head_dim], of `batch` equally long block tables laid flat;
+        of each table's slots those of `seen`. They are good until the next call."""
+        kv = self._gather(layer, table).view(batch, -1, 2, self.kv_heads, self.head_dim)
+        if seen is not None:
+            kv = kv[:, seen]
         return kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+
+    def _gather(self, layer: int, table: torch.Tensor) -> torch.Tensor:
+        """The blocks of a table. The host's memory is written again and again: the kernel would have to clear pages
+        that are new each time, which takes several times as long as the copy."""
+        if self._gathered.device.type != "cpu":
+            return self._layers[layer].index_select(0, table)
+        if len(table) > len(self._gathered):
+            self._gathered = self._gathered.new_empty(len(table), self._gathered.shape[1])
+        return torch.index_select(self._layers[layer], 0, table, out=self._gathered[: len(table)])

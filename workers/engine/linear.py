@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .int8 import Int8
+
 WIDTH = 64  # outputs of one block of Blocked
 GROUP = 16  # rows of one small product of Blocked
 SMALL = 1_000_000  # up to so many multiplications OpenBLAS runs its unpacked kernels (sgemm_small_kernel_permit)
 WORTH = 1 << 17  # elements of a matrix from which another form than the plain one pays
-TILE = 1 << 20  # elements that are dequantized at a time
-LEVELS = 127  # of int8, each way
-PIECE = 64  # rows that are quantized at a time
 
 
 class Linear(Protocol):
@@ -164,65 +163,6 @@ class Blocked:
         return out.contiguous() if self.bias is None else out + self.bias
 
 
-class Int8:
-    """Weights as int8 with one scale per output (symmetric), a quarter of the bytes of fp32.
-
-    With oneDNN's kernels each row of x is rounded to 8 bits too, with a scale of its own (as in Dettmers et al. 2022,
-    LLM.int8()): the sums are exact integers, so a row's result does not depend on the rows beside it. Elsewhere, and
-    with `packed` off, x stays as it is and the weight is dequantized a tile at a time.
-    """
-
-    __slots__ = ("_codes", "_packed", "_scale", "_zeros", "bias", "packed")
-
-    def __init__(self, outputs: int, inputs: int, device: torch.device, packed: bool) -> None:
-        self._codes: Tensor | None = torch.empty(outputs, inputs, dtype=torch.int8, device=device)
-        self._scale = torch.empty(outputs, device=device)
-        self._zeros = torch.zeros(outputs if packed else 0, dtype=torch.int32)
-        self._packed: Any = None
-        self.bias: Tensor | None = None
-        self.packed = packed and device.type == "cpu"
-
-    @property
-    def nbytes(self) -> int:
-        held = self._codes if self._codes is not None else self._packed
-        return int(held.numel()) + self._scale.nbytes
-
-    def fill(self, start: int, rows: Tensor, column: int = 0) -> None:
-        assert self._codes is not None and (column, rows.shape[1]) == (0, self._codes.shape[1]), "a scale is of a row"
-        for first in range(0, len(rows), PIECE):
-            piece = rows[first : first + PIECE].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-            scale = piece.abs().amax(1).div_(LEVELS).clamp_min_(torch.finfo(torch.float32).tiny)
-            place = slice(start + first, start + first + len(piece))
-            self._codes[place] = piece.div_(scale[:, None]).round_().clamp_(-LEVELS, LEVELS)
-            self._scale[place] = scale
-
-    def finished(self) -> "Linear":
-        if self.packed and self._codes is not None and onednn_quantizes():
-            self._packed = torch.ops.onednn.qlinear_prepack(self._codes, None)
-            self._codes = None
-        return self
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._tiled(x) if self._packed is None or not len(x) else self._exact(x)
-
-    def _exact(self, x: Tensor) -> Tensor:
-        step = x.abs().amax(1, keepdim=True).mul_(1 / LEVELS).clamp_min_(torch.finfo(torch.float32).tiny)
-        codes = (x / step).add_(128.5).to(torch.uint8)  # 128 is zero: oneDNN's fast kernels want unsigned x
-        out = _quantized_product(codes, self._packed, self._scale, self._zeros)
-        return out.mul_(step) if self.bias is None else torch.addcmul(self.bias, out, step)
-
-    def _tiled(self, x: Tensor) -> Tensor:
-        outputs, inputs = len(self._scale), x.shape[1]
-        out = torch.empty(len(x), outputs, dtype=x.dtype, device=x.device)
-        tile = max(1, TILE // inputs)
-        for start in range(0, outputs if len(x) else 0, tile):
-            assert self._codes is not None
-            part = slice(start, start + tile)
-            weight = (self._codes[part] * self._scale[part, None]).to(x.dtype)
-            out[:, part] = functional.linear(x, weight)
-        return out if self.bias is None else out.add_(self.bias)
-
-
 def empty(
     outputs: int, inputs: int, dtype: torch.dtype, device: torch.device, *, int8: bool = False, packed: bool = False
 ) -> Linear:
@@ -240,13 +180,6 @@ def parts_of(inputs: int) -> int | None:
     """Into how many equal parts `inputs` are cut so that 16 rows of one block are a small product; None: into none."""
     fewest = -(-inputs * GROUP * WIDTH // SMALL)
     return next((n for n in range(fewest, 4 * fewest + 1) if inputs % n == 0), None)
-
-
-def _quantized_product(x: Tensor, weight: Any, scale: Tensor, zeros: Tensor) -> Tensor:
-    """(x - 128) @ weight.t() * scale, x being uint8 and weight int8, summed in int32."""
-    arguments: Any = (x, 1.0, 128, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-    out: Tensor = torch.ops.onednn.qlinear_pointwise(*arguments)
-    return out
 
 
 @cache
@@ -268,19 +201,6 @@ def onednn_packs() -> bool:
     except (AttributeError, RuntimeError):
         return False
     return bool(torch.allclose(got, functional.linear(x, weight), atol=1e-5))
-
-
-@cache
-def onednn_quantizes() -> bool:
-    """Whether this torch has the quantized product, and this processor sums it without saturating."""
-    codes = torch.full((64, 128), LEVELS, dtype=torch.int8)
-    x = torch.full((3, 128), 255, dtype=torch.uint8)
-    try:
-        packed = torch.ops.onednn.qlinear_prepack(codes, None)
-        got = _quantized_product(x, packed, torch.ones(64), torch.zeros(64, dtype=torch.int32))
-    except (AttributeError, RuntimeError):
-        return False
-    return bool((got == float(128 * LEVELS * LEVELS)).all())
 
 
 def _sample(rows: int, columns: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .families import Loader
 from .pool import BLOCK
 from .span import Span
-from .step import Group, Row, Step, View
+from .step import Group, Row, Step, View, apart
 from .t5 import T5Config
 from .t5_parts import CROSS, CrossBlock, T5Loader, buckets_of
 
@@ -90,7 +90,7 @@ class T5Span(Span):
             if row.states is not None:
                 states.append(row.states)
             rest = CrossRow(row.position + first, row.count - first, row.blocks, row.cross)
-            if rest.count == 1:
+            if rest.count == 1 and not apart(rest, self.device):
                 singles.append(len(said))
                 alone.append(rest)
             elif rest.count:
