@@ -21,12 +21,16 @@ from rich.table import Table
 
 from .command import run
 from .engines import (
+    LONG,
+    LONG_MOST,
     MOST,
     VOCAB,
     Generate,
+    Next,
     ctranslate2,
     load_ours,
     ours,
+    ours_next,
     room,
     transformers,
     write_model,
@@ -53,7 +57,8 @@ BOUNDS = (
     ("CTranslate2 int8, batch 4", INT8, CT2_INT8, 4, 0.95, False),
     ("CTranslate2 int8, batch 8", INT8, CT2_INT8, 8, 0.95, False),
 )
-FLOOR, LOADING = 0.85, 4.0
+LONG_BOUND, FLOOR, LOADING = 1.4, 0.85, 4.0
+STEPS = 4  # of long sequences, a round
 MEASURED = """
 torch.set_num_threads(1)
 begun = time.process_time()
@@ -74,12 +79,14 @@ Span.load(sys.argv[1], {MIDDLE[0]}, {MIDDLE[1]}, blocks=1)
 
 @dataclass
 class Rate:
-    """Medians of one engine with one number of sequences at a time; `of_fp32` is the share of ours in fp32."""
+    """Medians of one engine with one number of sequences at a time; `of_fp32` is the share of ours in fp32, `context`
+    how many tokens a sequence has at first."""
 
     engine: str
     batch: int
     tokens_per_s: float
     of_fp32: float
+    context: int = PROMPT
 
 
 @dataclass
@@ -91,9 +98,11 @@ class Note:
 
 @dataclass
 class Engines:
-    """All that generate, and what our fp32 span reads of its weights for each token, in bytes."""
+    """All that generate, some of them from long sequences, and what our fp32 span reads of its weights for each token,
+    in bytes."""
 
     generate: dict[str, Generate]
+    following: dict[str, Next]
     weights: int
     notes: list[Note]
 
@@ -106,14 +115,15 @@ def seconds(call: Callable[[], object], clock: Callable[[], float] = time.perf_c
 
 def load(path: Path, work: Path) -> Engines:
     """Every engine that is installed."""
-    span = load_ours(path, packed=True)
-    generate = {FP32: ours(span), PLAIN: ours(load_ours(path)), INT8: ours(load_ours(path, dtype="int8", packed=True))}
+    span, int8 = load_ours(path, packed=True), load_ours(path, dtype="int8", packed=True)
+    generate = {FP32: ours(span), PLAIN: ours(load_ours(path)), INT8: ours(int8)}
+    following = {FP32: ours_next(span), INT8: ours_next(int8)}
     notes = []
     reference = transformers(path)
     if reference is None:
         notes.append(Note("transformers is not installed: nothing to compare with (pip install 'ralmq[hf]')"))
     else:
-        generate[HF] = reference
+        generate[HF], following[HF] = reference
     for name, quantization in ((CT2, None), (CT2_INT8, "int8")):
         made = ctranslate2(path, work, quantization)
         if isinstance(made, str):
@@ -121,7 +131,7 @@ def load(path: Path, work: Path) -> Engines:
         else:
             generate[name] = made
     positions = 0 if span.positions is None else span.positions.nbytes
-    return Engines(generate, span.bytes - positions, notes)
+    return Engines(generate, following, span.bytes - positions, notes)
 
 
 async def bench(*, quick: bool = False) -> list[Any]:
@@ -135,15 +145,24 @@ async def bench(*, quick: bool = False) -> list[Any]:
         engines = load(path, work)
         loading = loading_ratios(path, 3) if HF in engines.generate else []
         taken, floors = measure(engines, rounds, tokens, batches)
+        steps = measure_long(engines, rounds)
     rates = [
         Rate(name, batch, batch * tokens / statistics.median(times), ratio(taken[FP32, batch], times))
         for (name, batch), times in taken.items()
+    ]
+    rates += [
+        Rate(name, batch, batch / statistics.median(times), ratio(steps[FP32, batch], times), LONG)
+        for (name, batch), times in steps.items()
     ]
     checks = [
         check(what, ratio(taken[against, batch], taken[engine, batch]), least, required)
         for what, engine, against, batch, least, required in BOUNDS
         if (against, batch) in taken
     ]
+    if HF in engines.following:
+        what = f"a step of transformers, batch {LONG_MOST} after {LONG} tokens"
+        found = ratio(steps[HF, LONG_MOST], steps[FP32, LONG_MOST])
+        checks.append(check(what, found, LONG_BOUND, False))
     checks.append(check("share of the bandwidth floor, fp32, batch 1", statistics.median(floors), FLOOR, True))
     if loading:
         checks.append(
@@ -179,6 +198,18 @@ def measure(
     return taken, floors
 
 
+def measure_long(engines: Engines, rounds: int) -> dict[tuple[str, int], list[float]]:
+    """Seconds of a step of 1 and of 8 long sequences, round by round."""
+    taken: dict[tuple[str, int], list[float]] = {(name, n): [] for n in (1, LONG_MOST) for name in engines.following}
+    for name, batch in taken:
+        engines.following[name](batch)  # the first step allocates
+    for _ in range(rounds):
+        for (name, batch), times in taken.items():
+            step = partial(engines.following[name], batch)
+            times.append(statistics.median(seconds(step) for _ in range(STEPS)))
+    return taken
+
+
 def loading_ratios(path: Path, rounds: int) -> list[float]:
     """CPU seconds of loading the model with transformers and keeping some layers, by those of loading these layers.
 
@@ -206,11 +237,12 @@ def show(rows: Sequence[Any], console: Console) -> None:
     """Prints rates, bounds and notes."""
     table = Table(title="GPT-2 124M, random weights, one thread, greedy", title_justify="left")
     table.add_column("engine")
-    for heading in ("sequences", "tokens/s", "of fp32"):
+    for heading in ("sequences", "context", "tokens/s", "of fp32"):
         table.add_column(heading, justify="right")
     for row in rows:
         if isinstance(row, Rate):
-            table.add_row(row.engine, str(row.batch), f"{row.tokens_per_s:,.1f}", f"{row.of_fp32:.2f}")
+            figures = (f"{row.context:,}", f"{row.tokens_per_s:,.1f}", f"{row.of_fp32:.2f}")
+            table.add_row(row.engine, str(row.batch), *figures)
     console.print(table)
     console.print(checks_table([row for row in rows if isinstance(row, Check)]))
     for row in rows:

@@ -17,9 +17,14 @@ from ..workers.engine.span import Row, Span
 LAYERS, HIDDEN, VOCAB, CONTEXT = 12, 768, 50257, 1024
 MOST = 16  # sequences at a time
 TABLE = 8  # KV blocks of one sequence
+LONG = 900  # tokens that sequences have before a step of `Next`
+LONG_TABLE = LONG // BLOCK + 1
+LONG_MOST = 8
 
 Generate = Callable[[torch.Tensor, int], list[list[int]]]
 """Prompts [batch, n] and a number of new tokens -> so many ids of each sequence, chosen greedily."""
+Next = Callable[[int], torch.Tensor]
+"""One step of so many long sequences, each of its own keys and values -> their logits."""
 
 
 def write_model(path: Path) -> None:
@@ -68,8 +73,18 @@ def ours(span: Span) -> Generate:
     return generate
 
 
+def ours_next(span: Span) -> Next:
+    ids = torch.zeros(LONG_MOST, dtype=torch.int64)
+
+    def step(batch: int) -> torch.Tensor:
+        rows = [Row(LONG, 1, list(range(i * LONG_TABLE, (i + 1) * LONG_TABLE))) for i in range(batch)]
+        return span.head(span.forward(rows, ids[:batch]))
+
+    return step
+
+
 def load_ours(path: Path, **options: Any) -> Span:
-    return Span.load(path, 0, LAYERS, blocks=MOST * TABLE, **options)
+    return Span.load(path, 0, LAYERS, blocks=max(MOST * TABLE, LONG_MOST * LONG_TABLE), **options)
 
 
 def room() -> int:
@@ -77,11 +92,11 @@ def room() -> int:
     return TABLE * BLOCK
 
 
-def transformers(path: Path) -> Generate | None:
+def transformers(path: Path) -> tuple[Generate, Next] | None:
     """None where it is not installed."""
     if importlib.util.find_spec("transformers") is None:
         return None
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, DynamicCache
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -94,7 +109,21 @@ def transformers(path: Path) -> Generate | None:
         made = model.generate(prompts, attention_mask=mask, do_sample=False, **fixed)
         return cast("list[list[int]]", made[:, prompts.shape[1] :].tolist())
 
-    return generate
+    caches: dict[int, Any] = {}
+
+    @torch.inference_mode()
+    def step(batch: int) -> torch.Tensor:
+        if batch not in caches:
+            caches[batch] = DynamicCache(config=model.config)
+            for layer in range(LAYERS):
+                keys = torch.zeros(batch, HIDDEN // 64, LONG, 64)
+                caches[batch].update(keys, keys.clone(), layer)
+        if (more := caches[batch].get_seq_length() - LONG) > 0:
+            caches[batch].crop(-more)
+        ids = torch.zeros(batch, 1, dtype=torch.int64)
+        return cast(torch.Tensor, model(input_ids=ids, past_key_values=caches[batch], use_cache=True).logits[:, -1])
+
+    return generate, step
 
 
 def ctranslate2(path: Path, work: Path, quantization: str | None) -> Generate | str:

@@ -33,17 +33,27 @@ def test_every_engine_generates_the_same_ids(tmp_path: Path) -> None:
     assert loaded.weights == 4 * (matrices + 6 * 13 * 64 + 2 * 64)  # biases and norms: 9 + 4 a layer, 2 at the end
 
 
+def test_a_step_after_a_long_context_is_the_same_work(tmp_path: Path) -> None:
+    """Keys and values are zero in both at first; the second step of transformers begins where the first one did."""
+    engines.write_model(tmp_path / "model")
+    following = engine.load(tmp_path / "model", tmp_path / "work").following
+    for batch in (1, 8, 1):
+        expected = following[engine.HF](batch)
+        assert expected.shape == (batch, 300)
+        assert (following[engine.FP32](batch) - expected).abs().max() < 1e-5
+
+
 def test_a_report_holds_rates_checks_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "loading_ratios", lambda path, rounds: [5.0] * rounds)
     rows = asyncio.run(engine.bench(quick=True))
     rates = [row for row in rows if isinstance(row, engine.Rate)]
     checks = {row.name: row for row in rows if isinstance(row, Check)}
-    assert {row.batch for row in rates} == {1, 8, 16}
+    assert {(row.batch, row.context) for row in rates} == {(1, 16), (8, 16), (16, 16), (1, 900), (8, 900)}
     assert all(row.tokens_per_s > 0 for row in rates)
     assert all(row.of_fp32 == 1.0 for row in rates if row.engine == engine.FP32)
     assert {"transformers.generate, batch 1", "transformers.generate, batch 8"} <= set(checks)
     assert checks["CPU time, from_pretrained and slicing / layers 2:4"].measured == 5.0
-    assert any("floor" in name for name in checks)
+    assert any("floor" in name for name in checks) and "a step of transformers, batch 8 after 900 tokens" in checks
     console = Console(record=True, width=160)
     engine.show(rows, console)
     text = console.export_text()
@@ -57,6 +67,7 @@ def test_without_transformers_a_line_says_so(monkeypatch: pytest.MonkeyPatch, tm
     engines.write_model(tmp_path / "model")
     loaded = engine.load(tmp_path / "model", tmp_path / "work")
     assert set(loaded.generate) == {engine.FP32, engine.PLAIN, engine.INT8}
+    assert set(loaded.following) == {engine.FP32, engine.INT8}
     assert [note.text.split(" is not installed")[0] for note in loaded.notes] == ["transformers", *["CTranslate2"] * 2]
 
 
