@@ -90,7 +90,7 @@ class T5Span(Span):
             if row.states is not None:
                 states.append(row.states)
             rest = CrossRow(row.position + first, row.count - first, row.blocks, row.cross)
-            if rest.count == 1 and not apart(rest, self.device):
+            if rest.count == 1 and not apart(rest, self.device, len(rows)):
                 singles.append(len(said))
                 alone.append(rest)
             elif rest.count:
