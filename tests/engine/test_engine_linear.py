@@ -176,9 +176,12 @@ def test_both_kernels_of_int8_give_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     if not (int8.fbgemm_quantizes() and int8.onednn_quantizes()):
         pytest.skip("one of them is not there")
     weight, bias, x = torch.randn(300, 768), torch.randn(300), torch.randn(9, 768)
-    engine = torch.backends.quantized.engine
-    made = filled(Int8(300, 768, CPU, packed=True), weight, bias, cut=0)(x)
-    assert torch.backends.quantized.engine == engine
-    monkeypatch.setattr(int8, "fbgemm_quantizes", lambda: False)
-    other = filled(Int8(300, 768, CPU, packed=True), weight, bias, cut=0)(x)
-    assert relative(made, other) < 1e-4  # numbers halfway between two integers go either way
+    monkeypatch.setattr(torch.backends.quantized, "engine", "qnnpack")
+    found = []
+    for there in (True, False):
+        monkeypatch.setattr(int8, "fbgemm_quantizes", lambda there=there: there)
+        made = filled(Int8(300, 768, CPU, packed=True), weight, bias, cut=0)
+        assert isinstance(made, Int8) and not len(made._codes)  # held once
+        found.append(made(x))
+    assert torch.backends.quantized.engine == "qnnpack"  # what others have set stays
+    assert relative(*found) < 1e-4  # numbers halfway between two integers go either way

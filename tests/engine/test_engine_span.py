@@ -10,7 +10,9 @@ import torch
 from chain import Chain, random_ids, reference
 from checkpoints import CONTEXT, FAMILIES, HIDDEN, VOCAB, tiny_model
 from ralmq.workers.engine.checkpoint import Checkpoint, Entry
+from ralmq.workers.engine.config import read_config
 from ralmq.workers.engine.span import Row, Span
+from ralmq.workers.engine.step import plan
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -162,6 +164,19 @@ def test_a_short_row_beside_a_long_one(tmp_path: Path) -> None:
     got = chain.logits([Row(3, 1, [95]), Row(1499, 1, list(range(94)))], torch.stack((short[-1], long[-1])))
     expected = torch.stack((reference(model, short)[-1], reference(model, long)[-1]))
     assert (got - expected).abs().max() < BOUND
+
+
+def test_long_rows_of_one_token_attend_one_by_one(make: Make) -> None:
+    """None is padded to the longest; prompts stay as they are, and short rows together."""
+    config, cpu = read_config(make("llama")[0]), torch.device("cpu")
+    many = list(range(16))
+    rows = [Row(5, 1, [0]), Row(200, 1, many), Row(7, 9, [1]), Row(63, 1, many[:4]), Row(64, 1, many[:5])]
+    groups = plan(rows, config, None, torch.float32, cpu).groups
+    read = [(group.batch, len(group.views[0].table)) for group in groups]
+    assert sorted(read) == [(1, 1), (1, 5), (1, 13), (2, 8)]
+    assert plan(rows[:1], config, None, torch.float32, cpu).groups[0].views[0].mask is None
+    wide = plan([rows[0], rows[1]], config, None, torch.float32, cpu, width=16)  # one shape, whatever the rows are
+    assert [(group.batch, len(group.views[0].table)) for group in wide.groups] == [(2, 32)]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
