@@ -8,6 +8,7 @@ import pytest
 import torch
 from chain import Chain, random_ids, reference
 from checkpoints import CONTEXT, FAMILIES, tiny, tiny_model
+from ralmq.workers.engine import step
 from ralmq.workers.engine.checkpoint import Checkpoint
 from ralmq.workers.engine.config import read_config
 from ralmq.workers.engine.families import Loader
@@ -85,9 +86,9 @@ def test_a_prompt_in_chunks_gives_what_it_gives_whole(tmp_path: Path, family: st
     chain = Chain(path, 2)
     beside = [chain.logits([Row(0, 30, [20, 21, 22])], other[:30])]
     pieces, at = [], 0
-    for step, count in enumerate((1, 18, 33, 7, 31)):
-        rows = [Row(at, count, TABLE), Row(30 + step, 1, [20, 21, 22])]
-        both = chain.logits(rows, torch.cat((ids[at : at + count], other[30 + step : 31 + step])))
+    for number, count in enumerate((1, 18, 33, 7, 31)):
+        rows = [Row(at, count, TABLE), Row(30 + number, 1, [20, 21, 22])]
+        both = chain.logits(rows, torch.cat((ids[at : at + count], other[30 + number : 31 + number])))
         pieces.append(both[:count])
         beside.append(both[count:])
         at += count
@@ -95,11 +96,15 @@ def test_a_prompt_in_chunks_gives_what_it_gives_whole(tmp_path: Path, family: st
     assert (torch.cat(beside) - Chain(path).logits([Row(0, 35, [0, 1, 2])], other[:35])).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("short", [step.SHORT, 64, 0])  # tokens: all attend together, or some, or none
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gemma2", "llama"])
-def test_rows_of_different_lengths_in_one_step(tmp_path: Path, family: str) -> None:
-    """Each row's window, if there is one, lies in other blocks; the short row has not yet filled its own. From 64
-    tokens on a row attends by itself."""
+def test_rows_of_different_lengths_in_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, short: int
+) -> None:
+    """Each row's window, if there is one, lies in other blocks; the short row has not yet filled its own."""
     model = made(tmp_path, family, {} if family == "llama" else {"sliding_window": 20})
+    config = read_config(tmp_path)
+    monkeypatch.setattr(step, "SHORT", short * 2 * config.kv_heads * config.head_dim * 4)
     chain, lengths = Chain(tmp_path, 2), (3, 65, 19, 20, 64, 47, 63, 100)
     ids = [random_ids(n + 1, seed=n) for n in lengths]
     tables = [list(range(8 * i, 8 * i + 8))[::-1] for i in range(8)]

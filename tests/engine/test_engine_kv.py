@@ -42,6 +42,23 @@ def test_what_is_read_lies_in_the_same_memory_each_time_and_not_in_the_cache() -
         assert cache.read(layer, torch.tensor(table), 1)[0].data_ptr() == first.data_ptr()
 
 
+def test_no_more_memory_is_kept_than_a_layer_has() -> None:
+    """Rows padded to a whole context may name a block more often than there are blocks."""
+    cache = KVCache(1, 4, 1, 2, torch.float32, "cpu")
+    cache.write(0, torch.arange(64), torch.randn(64, 2, 2))
+    few, _ = cache.read(0, torch.tensor([2]), 1)
+    many, _ = cache.read(0, torch.tensor([2] * 40), 8)
+    assert many.shape == (8, 1, 80, 2) and torch.equal(many[3, :, 16:32], few[0])
+    assert cache._gathered.untyped_storage().nbytes() == BLOCK * 2 * 2 * 4
+
+
+def test_it_is_read_within_a_step_and_without_one() -> None:
+    cache = KVCache(1, 4, 1, 2, torch.float32, "cpu")
+    with torch.inference_mode():
+        cache.read(0, torch.tensor([1, 2]), 1)
+    cache.read(0, torch.tensor([3]), 1)
+
+
 def test_pool_gives_each_block_once() -> None:
     pool = BlockPool(5)
     assert pool.available == 5

@@ -1,5 +1,8 @@
 """Every form of a matrix product against torch's own, whatever sizes, rows and order of filling."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from ralmq.workers.engine import int8, linear
@@ -181,7 +184,36 @@ def test_both_kernels_of_int8_give_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     for there in (True, False):
         monkeypatch.setattr(int8, "fbgemm_quantizes", lambda there=there: there)
         made = filled(Int8(300, 768, CPU, packed=True), weight, bias, cut=0)
-        assert isinstance(made, Int8) and not len(made._codes)  # held once
+        assert isinstance(made, Int8) and not made._codes.untyped_storage().nbytes()  # held once
         found.append(made(x))
     assert torch.backends.quantized.engine == "qnnpack"  # what others have set stays
     assert relative(*found) < 1e-4  # numbers halfway between two integers go either way
+
+
+@pytest.mark.parametrize("fault", ["saturates", "zero", "order", "one row", "missing"])
+def test_a_kernel_that_is_wrong_is_not_taken(fault: str) -> None:
+    def kernel(codes: Tensor, scale: Tensor) -> int8.Product:
+        if fault == "missing":
+            raise RuntimeError("no such engine")
+        weight = codes.float().flip(0) if fault == "order" else codes.float()
+
+        def product(x: Tensor) -> Tensor:
+            out = (x * 127).round() @ weight.t() / 127 + (1 if fault == "zero" else 0)
+            if fault == "one row" and len(x) == 1:
+                out += 1
+            return out.clamp(max=9000) if fault == "saturates" else out
+
+        return product
+
+    assert not int8.exact(kernel)
+
+
+def test_a_kernel_that_is_right_is_taken() -> None:
+    assert int8.exact(lambda codes, scale: lambda x: x @ codes.float().t())
+
+
+def test_int8_says_nothing_of_what_torch_will_end() -> None:
+    """torch tells of it once a process."""
+    code = "import torch; from ralmq.workers.engine.int8 import Int8; a = Int8(64, 64, torch.device('cpu'), True)"
+    command = [sys.executable, "-c", f"{code}; a.fill(0, torch.ones(64, 64)); a.finished()"]
+    assert not subprocess.run(command, capture_output=True, text=True, check=True).stderr

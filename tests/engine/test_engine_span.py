@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from chain import Chain, random_ids, reference
 from checkpoints import CONTEXT, FAMILIES, HIDDEN, VOCAB, tiny_model
+from ralmq.workers.engine import step
 from ralmq.workers.engine.checkpoint import Checkpoint, Entry
 from ralmq.workers.engine.config import read_config
 from ralmq.workers.engine.span import Row, Span
-from ralmq.workers.engine.step import plan
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -121,13 +122,13 @@ def test_greedy_tokens_of_a_batch_are_those_of_transformers(make: Make, family: 
     hidden = chain.forward(rows, torch.cat(prompts))
     logits = chain.spans[-1].head(hidden, ends)
     compared = 0
-    for step in range(24):
+    for place in range(24):
         for i, (tokens, margins) in enumerate(expected):
-            if margins[step] > BOUND:
-                assert int(logits[i].argmax()) == tokens[step]
+            if margins[place] > BOUND:
+                assert int(logits[i].argmax()) == tokens[place]
                 compared += 1
         # The reference's tokens go on, so that a near-tie does not end the comparison.
-        ids = torch.tensor([tokens[step] for tokens, _ in expected])
+        ids = torch.tensor([tokens[place] for tokens, _ in expected])
         rows = [Row(row.position + row.count, 1, row.blocks) for row in rows]
         logits = chain.logits(rows, ids)
     assert compared > 80
@@ -166,17 +167,25 @@ def test_a_short_row_beside_a_long_one(tmp_path: Path) -> None:
     assert (got - expected).abs().max() < BOUND
 
 
-def test_long_rows_of_one_token_attend_one_by_one(make: Make) -> None:
+def test_long_rows_of_one_token_attend_one_by_one(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """None is padded to the longest; prompts stay as they are, and short rows together."""
-    config, cpu = read_config(make("llama")[0]), torch.device("cpu")
-    many = list(range(16))
-    rows = [Row(5, 1, [0]), Row(200, 1, many), Row(7, 9, [1]), Row(63, 1, many[:4]), Row(64, 1, many[:5])]
-    groups = plan(rows, config, None, torch.float32, cpu).groups
-    read = [(group.batch, len(group.views[0].table)) for group in groups]
-    assert sorted(read) == [(1, 1), (1, 5), (1, 13), (2, 8)]
-    assert plan(rows[:1], config, None, torch.float32, cpu).groups[0].views[0].mask is None
-    wide = plan([rows[0], rows[1]], config, None, torch.float32, cpu, width=16)  # one shape, whatever the rows are
-    assert [(group.batch, len(group.views[0].table)) for group in wide.groups] == [(2, 32)]
+    config = read_config(make("llama")[0])
+    monkeypatch.setattr(step, "SHORT", 64 * 2 * config.kv_heads * config.head_dim * 4)
+    rows = [Row(5, 1, [0]), Row(200, 1, list(range(13))), Row(7, 9, [1]), Row(63, 1, [4] * 4), Row(64, 1, [5] * 5)]
+
+    def read(rows: list[Row], changes: dict[str, Any], **options: Any) -> list[tuple[int, int]]:
+        """Rows and blocks of each group."""
+        made = step.plan(rows, replace(config, **changes), None, torch.float32, torch.device("cpu"), **options)
+        return sorted((group.batch, len(group.views[max(group.views)].table)) for group in made.groups)
+
+    assert read(rows, {}) == [(1, 1), (1, 5), (1, 13), (2, 8)]
+    assert read(rows, {"windows": (0, 20)}) == [(1, 1), (1, 2), (1, 3), (2, 4)]
+    assert read(rows, {"windows": (20,)}) == [(1, 1), (4, 12)]  # none of them reads much
+    assert read([rows[0], rows[1]], {}, width=16) == [(2, 32)]  # one shape, whatever the rows are
+    alone = step.plan(rows[:1], config, None, torch.float32, torch.device("cpu"))
+    assert alone.groups[0].views[0].mask is None
+    elsewhere = step.plan(rows, config, None, torch.float32, torch.device("meta"))
+    assert sorted(group.batch for group in elsewhere.groups) == [1, 4]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

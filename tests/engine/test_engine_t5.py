@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoints import tiny
 from engine.t5_models import KINDS, VOCAB, logits_of, states_of, t5, t5_model
+from ralmq.workers.engine import t5_span
 from ralmq.workers.engine.checkpoint import Checkpoint
 from ralmq.workers.engine.config import read_config
 from ralmq.workers.engine.errors import CheckpointError
@@ -79,8 +80,11 @@ def test_spans_give_the_logits_of_the_whole_decoder(model: Loaded, count: int, c
     close(torch.cat(found)[n:], logits_of(oracle, states, ids))
 
 
-def test_sequences_of_other_chunks_share_a_step(model: Loaded) -> None:
-    """Single tokens, a prompt, and a row of states alone, each with as many states as it has."""
+@pytest.mark.parametrize("long", [t5_span.LONG, 0])
+def test_sequences_of_other_chunks_share_a_step(model: Loaded, monkeypatch: pytest.MonkeyPatch, long: int) -> None:
+    """Single tokens, a prompt, and a row of states alone, each with as many states as it has. Where they read much,
+    single tokens attend one by one."""
+    monkeypatch.setattr(t5_span, "LONG", long)
     path, oracle = model
     spans = spans_of(path, 2)
     many = [states_of(oracle, CHUNKS[:place]) for place in (1, 2, 3)]
@@ -95,6 +99,8 @@ def test_sequences_of_other_chunks_share_a_step(model: Loaded) -> None:
     whole = row_of(many[2], 0, len(many[2]) + len(texts[2]), tables[2])
     alone = row_of(many[0], 0, 4, [40])
     ids = [texts[0][-1], *[0] * len(many[2]), *texts[2], *[0] * 4, texts[1][-1]]
+    groups = spans[0]._plan([singles[0], whole, alone, singles[1]]).groups
+    assert [group.batch for group in groups] == ([2, 1] if long else [1, 1, 1])
     logits = run(spans, [singles[0], whole, alone, singles[1]], ids)
     wanted = [logits_of(oracle, states, ids) for states, ids in zip(many, texts, strict=True)]
     close(logits[0], wanted[0][-1])

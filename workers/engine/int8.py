@@ -1,5 +1,6 @@
 """x [n, in] -> [n, out] with a weight matrix of 8-bit integers. Knows matrices alone, as linear.py does."""
 
+import threading
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -15,6 +16,7 @@ TILE = 1 << 20  # elements that are dequantized at a time
 TINY = torch.finfo(torch.float32).tiny
 
 Product = Callable[[Tensor], Tensor]
+_engine = threading.Lock()  # torch has one for all threads
 
 
 class Int8:
@@ -48,9 +50,13 @@ class Int8:
         if self.packed and self._product is None:
             kernel = _fbgemm if fbgemm_quantizes() else _onednn if onednn_quantizes() else None
             if kernel is not None:
-                self._product = kernel(self._codes, self._scale)
-                self._codes = self._codes[:0]
+                self._product = kernel(self._taken(), self._scale)
         return self
+
+    def _taken(self) -> Tensor:
+        """The codes, held by the caller alone: packing copies them, once or twice."""
+        codes, self._codes = self._codes, self._codes.new_empty(0, self._codes.shape[1])
+        return codes
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._product is None or not len(x):
@@ -75,17 +81,17 @@ class Int8:
 
 def _fbgemm(codes: Tensor, scale: Tensor) -> Product:
     """PyTorch's own, 1.4 times as fast as oneDNN's at one row and alike from 32 on. It may go with torch.qint8, of
-    which a warning says that it will (pytorch issue 184982); what it gives is the same."""
+    which torch warns that it will (pytorch issue 184982); what it gives is the same."""
     zeros = torch.zeros(len(codes), dtype=torch.int64)
-    engine = torch.backends.quantized.engine
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    weight = torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros, 0)
+    del codes
+    with _engine:
+        before = torch.backends.quantized.engine
         try:
             torch.backends.quantized.engine = "fbgemm"
-            weight = torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros, 0)
             packed = torch.ops.quantized.linear_prepack(weight, None)
         finally:
-            torch.backends.quantized.engine = engine
+            torch.backends.quantized.engine = before
     multiply: Any = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
 
     def product(x: Tensor) -> Tensor:
@@ -111,18 +117,26 @@ def _onednn(codes: Tensor, scale: Tensor) -> Product:
 @cache
 def fbgemm_quantizes() -> bool:
     """Whether this torch has FBGEMM's product, and this processor sums it without saturating."""
-    return _exact(_fbgemm)
+    warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # it is known, see above
+    return exact(_fbgemm)
 
 
 @cache
 def onednn_quantizes() -> bool:
     """The same of oneDNN's."""
-    return _exact(_onednn)
+    return exact(_onednn)
 
 
-def _exact(kernel: Callable[[Tensor, Tensor], Product]) -> bool:
+def exact(kernel: Callable[[Tensor, Tensor], Product]) -> bool:
+    """Whether a kernel is there and gives sums of integers, the largest among them."""
+    codes = (torch.arange(64 * 128, dtype=torch.int32) * 37 % 255 - 127).view(64, 128)
+    codes[0] = LEVELS
+    x = (torch.arange(3 * 128, dtype=torch.int32) * 29 % 255 - 127).view(3, 128)
+    x[0] = LEVELS
+    expected = (x @ codes.t()).float()
     try:
-        got = kernel(torch.full((64, 128), LEVELS, dtype=torch.int8), torch.ones(64))(torch.ones(3, 128))
+        product = kernel(codes.to(torch.int8), torch.ones(64))
+        found = [product(x[:rows] / LEVELS) * LEVELS for rows in (1, 3)]
     except (AttributeError, RuntimeError):
         return False
-    return torch.allclose(got, torch.full((3, 64), 128.0 * LEVELS))
+    return all(torch.allclose(got, expected[: len(got)], rtol=1e-5, atol=0.5) for got in found)

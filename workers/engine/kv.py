@@ -51,9 +51,12 @@ class KVCache:
 
     def _gather(self, layer: int, table: torch.Tensor) -> torch.Tensor:
         """The blocks of a table. The host's memory is written again and again: the kernel would have to clear pages
-        that are new each time, which takes several times as long as the copy."""
-        if self._gathered.device.type != "cpu":
-            return self._layers[layer].index_select(0, table)
+        that are new each time, which takes several times as long as the copy. No more of it is kept than a layer has.
+        """
+        held = self._layers[layer]
+        if held.device.type != "cpu" or len(table) > len(held):
+            return held.index_select(0, table)
         if len(table) > len(self._gathered):
-            self._gathered = self._gathered.new_empty(len(table), self._gathered.shape[1])
-        return torch.index_select(self._layers[layer], 0, table, out=self._gathered[: len(table)])
+            with torch.inference_mode(False):  # a tensor for steps and for others
+                self._gathered = torch.empty(len(table), held.shape[1], dtype=held.dtype)
+        return torch.index_select(held, 0, table, out=self._gathered[: len(table)])

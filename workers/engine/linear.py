@@ -1,7 +1,7 @@
 """x [n, in] -> [n, out] with one weight matrix, in the form that is fastest for its dtype and machine.
 
 Knows matrices alone: no layer, no file. Each form is filled by rows while a checkpoint is read, so that a matrix is
-never held twice; only oneDNN's own layouts are made from a finished one.
+never held twice; only layouts of kernels' own are made from a finished one.
 """
 
 from dataclasses import dataclass
@@ -168,7 +168,8 @@ class Blocked:
         twice = np.empty((parts, 1, 1, 2, depth), np.float32)
         twice[:] = x.numpy().reshape(parts, 1, 1, 1, depth)
         made = np.matmul(twice, self._numpy)[:, :, 0, 0]  # [parts, blocks, 64]
-        out = (made[0] if parts == 1 else made.sum(0)).reshape(1, -1)[:, : self.outputs]
+        with np.errstate(invalid="ignore"):  # as torch does: what is no number shows in what follows
+            out = (made[0] if parts == 1 else made.sum(0)).reshape(1, -1)[:, : self.outputs]
         return torch.from_numpy(np.ascontiguousarray(out) if self.bias is None else out + self.bias.numpy())
 
 

@@ -10,7 +10,7 @@ from .device import upload
 from .model import ModelConfig, Rope
 from .pool import BLOCK
 
-SHORT = 4  # blocks: rows of one token that have more attend one by one
+SHORT = 384 << 10  # bytes of a layer's keys and values that rows of one token read at most to attend together
 
 
 @dataclass(slots=True)
@@ -88,12 +88,15 @@ def plan(
     single_rows: list[Row] = []
     groups: list[Group] = []
     windows = set(config.windows) or {0}
+    most = math.inf if width else together(config, dtype, device, SHORT)
+    if len(rows) == 1 and most < math.inf:
+        most = 0  # no padding, so no mask
     for row in rows:
         start = len(positions)
         places = range(row.position, row.position + row.count)
         positions += places
         slots += [row.blocks[p // BLOCK] * BLOCK + p % BLOCK for p in places]
-        if row.count == 1 and not width and apart(row, device, len(rows)):
+        if row.count == 1 and row.position >= most:
             groups.append(Group(1, slice(start, start + 1), _alone(row, windows, device)))
         elif row.count == 1:
             singles.append(start)
@@ -136,12 +139,16 @@ def calls(
         yield upload(places, device), count, step
 
 
-def apart(row: Row, device: torch.device, rows: int) -> bool:
-    """Whether a row of one token attends by itself, one of so many. Together, rows are copied each as long as the
-    longest of them, and nothing of that copy is left in the processor's cache when it is read: 8 rows of 1000 tokens
-    took 4 times as long.
+def together(config: ModelConfig, dtype: torch.dtype, device: torch.device, most: int) -> float:
+    """From which position on a row of one token attends by itself, in the host's memory: where it reads more than
+    `most` bytes. Rows that attend together are copied each as long as the longest of them, and of a large copy nothing
+    is left in the processor's cache when it is read: 8 rows of 1000 tokens of GPT-2 took 4 times as long.
     """
-    return device.type == "cpu" and (rows == 1 or row.position >= SHORT * BLOCK)
+    if device.type != "cpu":
+        return math.inf
+    tokens = most / (2 * config.kv_heads * config.head_dim * dtype.itemsize)
+    windows = config.windows or (0,)
+    return math.inf if 0 not in windows and max(windows) <= tokens else tokens
 
 
 def _alone(row: Row, windows: set[int], device: torch.device) -> dict[int, View]:

@@ -14,9 +14,11 @@ from torch import Tensor
 from .families import Loader
 from .pool import BLOCK
 from .span import Span
-from .step import Group, Row, Step, View, apart
+from .step import SHORT, Group, Row, Step, View, together
 from .t5 import T5Config
 from .t5_parts import CROSS, CrossBlock, T5Loader, buckets_of
+
+LONG = 4 * SHORT  # bytes, as SHORT: a row by itself has biases and a mask of its own here
 
 
 @dataclass(slots=True)
@@ -81,6 +83,7 @@ class T5Span(Span):
         alone: list[CrossRow] = []
         states: list[Tensor] = []
         start = 0
+        most = together(self._own, self.dtype, self.device, LONG)
         for row in rows:
             assert isinstance(row, CrossRow)
             first = row.remembered
@@ -90,7 +93,7 @@ class T5Span(Span):
             if row.states is not None:
                 states.append(row.states)
             rest = CrossRow(row.position + first, row.count - first, row.blocks, row.cross)
-            if rest.count == 1 and not apart(rest, self.device, len(rows)):
+            if rest.count == 1 and rest.position < most:
                 singles.append(len(said))
                 alone.append(rest)
             elif rest.count:
