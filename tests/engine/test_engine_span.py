@@ -182,8 +182,10 @@ def test_long_rows_of_one_token_attend_one_by_one(make: Make, monkeypatch: pytes
     assert read(rows, {"windows": (0, 20)}) == [(1, 1), (1, 2), (1, 3), (2, 4)]
     assert read(rows, {"windows": (20,)}) == [(1, 1), (4, 12)]  # none of them reads much
     assert read([rows[0], rows[1]], {}, width=16) == [(2, 32)]  # one shape, whatever the rows are
-    alone = step.plan(rows[:1], config, None, torch.float32, torch.device("cpu"))
-    assert alone.groups[0].views[0].mask is None
+    for windows in ((), (20,)):
+        only = replace(config, windows=windows)
+        alone = step.plan(rows[:1], only, None, torch.float32, torch.device("cpu"))
+        assert [view.mask for view in alone.groups[0].views.values()] == [None]
     elsewhere = step.plan(rows, config, None, torch.float32, torch.device("meta"))
     assert sorted(group.batch for group in elsewhere.groups) == [1, 4]
 

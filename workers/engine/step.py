@@ -88,15 +88,14 @@ def plan(
     single_rows: list[Row] = []
     groups: list[Group] = []
     windows = set(config.windows) or {0}
-    most = math.inf if width else together(config, dtype, device, SHORT)
-    if len(rows) == 1 and most < math.inf:
-        most = 0  # no padding, so no mask
+    bound = SHORT if len(rows) > 1 else 0  # a single row needs neither padding nor a mask
+    alone_from = math.inf if width else first_alone(config, dtype, device, bound)
     for row in rows:
         start = len(positions)
         places = range(row.position, row.position + row.count)
         positions += places
         slots += [row.blocks[p // BLOCK] * BLOCK + p % BLOCK for p in places]
-        if row.count == 1 and row.position >= most:
+        if row.count == 1 and row.position >= alone_from:
             groups.append(Group(1, slice(start, start + 1), _alone(row, windows, device)))
         elif row.count == 1:
             singles.append(start)
@@ -139,10 +138,11 @@ def calls(
         yield upload(places, device), count, step
 
 
-def together(config: ModelConfig, dtype: torch.dtype, device: torch.device, most: int) -> float:
+def first_alone(config: ModelConfig, dtype: torch.dtype, device: torch.device, most: int) -> float:
     """From which position on a row of one token attends by itself, in the host's memory: where it reads more than
-    `most` bytes. Rows that attend together are copied each as long as the longest of them, and of a large copy nothing
-    is left in the processor's cache when it is read: 8 rows of 1000 tokens of GPT-2 took 4 times as long.
+    `most` bytes of a layer's keys and values. Rows that attend together are copied each as long as the longest of them,
+    and of a large copy nothing is left in the processor's cache when it is read: 8 rows of 1000 tokens of GPT-2 took 4
+    times as long.
     """
     if device.type != "cpu":
         return math.inf

@@ -14,7 +14,7 @@ from torch import Tensor
 from .families import Loader
 from .pool import BLOCK
 from .span import Span
-from .step import SHORT, Group, Row, Step, View, together
+from .step import SHORT, Group, Row, Step, View, first_alone
 from .t5 import T5Config
 from .t5_parts import CROSS, CrossBlock, T5Loader, buckets_of
 
@@ -83,7 +83,7 @@ class T5Span(Span):
         alone: list[CrossRow] = []
         states: list[Tensor] = []
         start = 0
-        most = together(self._own, self.dtype, self.device, LONG)
+        alone_from = first_alone(self._own, self.dtype, self.device, LONG)
         for row in rows:
             assert isinstance(row, CrossRow)
             first = row.remembered
@@ -93,7 +93,7 @@ class T5Span(Span):
             if row.states is not None:
                 states.append(row.states)
             rest = CrossRow(row.position + first, row.count - first, row.blocks, row.cross)
-            if rest.count == 1 and rest.position < most:
+            if rest.count == 1 and rest.position < alone_from:
                 singles.append(len(said))
                 alone.append(rest)
             elif rest.count:
